@@ -1,0 +1,101 @@
+"""Reading NIfTI: find the files, refuse what cannot be trained on, and bring the rest to one orientation and spacing."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import zoom
+
+ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
+
+
+class BadVolume(ValueError):
+    """A file that cannot be used for training; the message says why, in one line."""
+
+
+def find_volumes(folder: Path) -> list[Path]:
+    """All `.nii` and `.nii.gz` files below a folder, sorted.
+
+    Raises:
+        ValueError: if the folder does not exist or holds none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+    if not paths:
+        raise ValueError(
+            f"--data {folder}: no .nii or .nii.gz file in it or below it; convert DICOM with dcm2niix first"
+        )
+    return paths
+
+
+def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Read one volume as the encoders see it: reoriented, cropped to its non-zero box, z-scored, resampled.
+
+    Args:
+        orientation: the axes of the result, such as "RAS" (first axis towards the patient's right, ...).
+        spacing: voxel size of the result in mm, (X, Y, Z).
+
+    Returns:
+        float32 `[X, Y, Z]` of mean 0 and standard deviation 1 (before resampling).
+
+    Raises:
+        BadVolume: if the file is unreadable, not 3D, constant, or has NaN or infinite voxels.
+    """
+    try:
+        image = nib.load(path)
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+        raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 2:
+        kind = {2: "a 2D image", 4: "a 4D series; split it into one file a volume"}.get(len(shape), "not a 3D volume")
+        raise BadVolume(f"shape {image.shape} is {kind if min(shape) > 1 else 'a 2D image'}")
+    try:
+        image = nib.as_closest_canonical(image.slicer[(..., *[0] * (image.ndim - 3))] if image.ndim > 3 else image)
+        image = image.as_reoriented(
+            nib.orientations.ornt_transform(
+                nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(orientation)
+            )
+        )
+        volume = np.asarray(image.dataobj, dtype=np.float32)
+    except Exception as error:  # a truncated or corrupt file fails in zlib, gzip, numpy or nibabel, each in its own way
+        raise BadVolume(f"its voxels cannot be read; truncated or corrupt? ({_first_line(error)})") from error
+    if not np.isfinite(volume).all():
+        raise BadVolume(f"{int((~np.isfinite(volume)).sum())} voxels are NaN or infinite")
+    box = _nonzero_box(volume)
+    volume = volume[box] if box else volume
+    std = float(volume.std(dtype=np.float64))
+    if std < 1e-8:
+        raise BadVolume("all voxels are the same")
+    volume = (volume - np.float32(volume.mean(dtype=np.float64))) / np.float32(std)
+    return np.ascontiguousarray(_resample(volume, np.asarray(image.header.get_zooms()[:3], float), np.asarray(spacing)))
+
+
+def _nonzero_box(volume: np.ndarray) -> tuple[slice, ...] | None:
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
+        if len(used) == 0:
+            return None
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)
+
+
+def _resample(volume: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Cubic interpolation; the coarse axis of strongly anisotropic volumes takes the nearest slice."""
+    shape = np.maximum(np.round(volume.shape * old / new), 1).astype(int)
+    factors = shape / np.array(volume.shape)
+    if np.all(factors == 1):
+        return volume
+    coarse = old / old.min() > ANISOTROPIC
+    for axes, order in ((~coarse, 3), (coarse, 0)):
+        step = np.where(axes, factors, 1.0)
+        if np.any(step != 1):
+            volume = zoom(volume, step, order=order, mode="nearest", grid_mode=True)
+    return volume
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,50 @@
+"""Heads used in pretraining only: projector, predictor and the batch norm inside them (Grill et al. 2020, BYOL)."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from .distributed import gather_with_gradient
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm of `[rows, C]` over the rows of all ranks, without scale, shift or running statistics.
+
+    Student and teacher alike are normalised by the batch they see, so there is no statistic to go stale, and the
+    result does not depend on how the batch is spread over ranks (each rank must hold equally many rows).
+    """
+
+    def __init__(self, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return F.batch_norm(rows, None, None, training=True, eps=self.eps)
+        var, mean = torch.var_mean(rows.float(), dim=0, correction=0)
+        vars_, means = gather_with_gradient(torch.stack((var, mean))).unbind(1)  # each [ranks, C]
+        mean, var = means.mean(0), vars_.mean(0) + means.var(0, correction=0)
+        return ((rows - mean) * torch.rsqrt(var + self.eps)).to(rows.dtype)
+
+
+def projector(in_size: int, hidden_size: int, out_size: int) -> nn.Sequential:
+    """Three linear layers, each followed by batch norm: `[rows, in_size]` -> `[rows, out_size]`."""
+    layers = [nn.Linear(in_size, hidden_size), GlobalBatchNorm(), nn.SiLU()]
+    layers += [nn.Linear(hidden_size, hidden_size), GlobalBatchNorm(), nn.SiLU()]
+    layers += [nn.Linear(hidden_size, out_size), GlobalBatchNorm()]
+    return _initialised(nn.Sequential(*layers))
+
+
+def predictor(size: int, hidden_size: int) -> nn.Sequential:
+    """The student's extra bottleneck, which keeps it from having to equal the teacher: `[rows, size]` -> the same."""
+    layers = [nn.Linear(size, hidden_size), GlobalBatchNorm(), nn.SiLU(), nn.Linear(hidden_size, size)]
+    return _initialised(nn.Sequential(*layers))
+
+
+def _initialised(head: nn.Sequential) -> nn.Sequential:
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return head

@@ -1,0 +1,385 @@
+"""Pretrain a 3D encoder with Consistent View Alignment (CVA) and write it as a folder for `from_pretrained`.
+
+The demo, on any machine, with nothing else to download; CPU, or all GPUs there are:
+
+    accelerate launch train_cva.py --config ds_configs/zero2.json
+
+Two processes on a CPU:
+
+    torchrun --nproc_per_node 2 train_cva.py --config ds_configs/zero2.json
+
+Your own volumes (.nii, .nii.gz, any layout of folders) on one GPU:
+
+    accelerate launch --num_processes 1 train_cva.py --config ds_configs/zero2.json \\
+        --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m
+
+8 GPUs under DeepSpeed ZeRO-2; the batch of the recipe is over all GPUs, two views a volume:
+
+    accelerate launch --multi_gpu --num_processes 8 train_cva.py --config ds_configs/zero2.json \\
+        --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=8
+
+8 GPUs under FSDP2: the same with `--config ds_configs/fsdp2.json`; plain data parallel: `--config ds_configs/ddp.json`.
+
+2 nodes of 8 GPUs, with OUTPUT on a file system that both see; on each node:
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HEAD_NODE:29500 \\
+        train_cva.py --config ds_configs/zero2.json \\
+        --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=16
+
+Stopped? Run the same command again with `--resume auto`. Any number of the recipe can be changed on the command line as
+`key.subkey=value`, for example `train.steps=1000 views.crop_size=[128,128,128]`.
+
+OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures), checkpoints/ and encoder/.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
+
+from data.demo import demo_volume
+from data.nifti import find_volumes
+from data.prepared import prepare_volumes
+from data.stream import RankBatches, SampleStream, make_loader, stack_views
+from data.views import alignment_points
+from losses.consistency import cosine_consistency
+from losses.cva import cva_objective
+from models import ConsistentViewAlignment, build_cva, build_encoder
+from training.banner import print_banner
+from training.checkpoints import newest_checkpoint, save_checkpoint
+from training.export import export_encoder, model_card, preprocessing
+from training.metrics import Metrics, read_metrics
+from training.pictures import draw_losses, draw_reconstruction, draw_views
+from training.recipe import Recipe, differences, flatten, load_recipe
+from training.runtime import describe_engine, make_accelerator
+from training.schedules import learning_rate
+
+HERE = Path(__file__).parent
+CONSISTENCY = {"cosine": cosine_consistency}
+STARTED = time.perf_counter()
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="how to spread the work: a file of ds_configs/")
+    parser.add_argument("--recipe", type=Path, help="the experiment: a file of recipes/ (default: recipes/demo.yaml)")
+    parser.add_argument("--data", type=Path, help="folder of NIfTI files (default: the MNI152 head of nilearn)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)"
+    )
+    parser.add_argument(
+        "--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)"
+    )
+    parser.add_argument("--resume", choices=["auto"], help="go on from the newest complete checkpoint in OUTPUT")
+    parser.add_argument("--wandb", action="store_true", help="track with Weights & Biases instead of TensorBoard")
+    parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
+    return parser.parse_intermixed_args(arguments)
+
+
+# --------------------------------------------------------------------------- setup
+
+
+def choose_output(arguments: argparse.Namespace, recipe: Recipe) -> Path:
+    """The folder of this run. Raises ValueError rather than mix two runs."""
+    if arguments.output is None:
+        names = (f"{recipe.name}-{n}" if n > 1 else recipe.name for n in itertools.count(1))
+        taken = list(itertools.takewhile(Path.exists, (Path("runs") / name for name in names)))
+        if arguments.resume and taken:
+            return check_output(taken[-1], recipe, resume=True)
+        return Path("runs") / (f"{recipe.name}-{len(taken) + 1}" if taken else recipe.name)
+    return check_output(arguments.output, recipe, bool(arguments.resume))
+
+
+def check_output(output: Path, recipe: Recipe, resume: bool) -> Path:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: name a folder")
+    saved = output / "recipe.yaml"
+    if not saved.exists():
+        if (output / "checkpoints").exists() or (output / "metrics.jsonl").exists():
+            raise ValueError(f"--output {output} holds a run without recipe.yaml: choose another folder")
+        return output
+    if other := differences(recipe, saved):
+        shown = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
+        raise ValueError(f"--output {output} belongs to another recipe ({shown}): choose another folder")
+    if not resume:
+        raise ValueError(f"--output {output} holds a run of this recipe: add --resume auto to go on, or choose another")
+    return output
+
+
+def prepare_data(accelerator: Accelerator, arguments: argparse.Namespace, recipe: Recipe, output: Path) -> list[Path]:
+    """Prepared volumes, the same list on every rank. Raises ValueError if too many files cannot be used."""
+    paths = find_volumes(arguments.data) if arguments.data else [demo_volume()]
+    found: list = [None]
+    if accelerator.is_main_process:
+        folder = arguments.prepared or output / "prepared"
+        workers = min(8, os.cpu_count() or 1)
+        found = [prepare_volumes(paths, folder, recipe.data.orientation, recipe.data.spacing, workers)]
+    files, bad = broadcast_object_list(found)[0]
+    for path, reason in bad:
+        accelerator.print(f"left out    {path}: {reason}")
+    if len(bad) > recipe.data.max_bad_share * len(paths) or not files:
+        raise ValueError(
+            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share={recipe.data.max_bad_share:g}: "
+            "mend or remove the files listed above, or raise data.max_bad_share"
+        )
+    crop = recipe.views.crop_size
+    small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < crop)]
+    accelerator.print(f"data        {len(files)} volume{'s' if len(files) > 1 else ''}, {len(bad)} left out")
+    if small:
+        accelerator.print(
+            f"small       {len(small)} are smaller than the crop and are padded with 0, such as {small[0].name}"
+        )
+    return files
+
+
+def build_model(recipe: Recipe) -> ConsistentViewAlignment:
+    torch.manual_seed(recipe.seed)  # the same first weights on every rank
+    prepared_as = preprocessing(recipe.data.orientation, recipe.data.spacing, recipe.views.crop_size)
+    encoder = build_encoder(
+        crop_size=recipe.views.crop_size, preprocessing=prepared_as, **recipe.model.encoder_arguments()
+    )
+    weights = recipe.loss.model_dump(exclude={"consistency"})
+    objective = partial(
+        cva_objective,
+        consistency_loss=CONSISTENCY[recipe.loss.consistency],
+        samples_per_cell=recipe.views.samples_per_cell,
+        **weights,
+    )
+    return build_cva(
+        encoder,
+        objective,
+        recipe.mask.ratio,
+        recipe.model.decoder_arguments(),
+        recipe.heads.projector_size,
+        recipe.heads.predictor_size,
+        recipe.train.precision,
+        recipe.train.gradient_checkpointing,
+    )
+
+
+def build_stream(files: list[Path], recipe: Recipe) -> SampleStream:
+    views, mask = recipe.views, recipe.mask
+    return SampleStream(files, recipe.seed, views.crop_size, views.overlap, views.mirror, mask.block, mask.ratio)
+
+
+def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.optim.Optimizer:
+    numbers = recipe.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if numbers.name == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=numbers.learning_rate, betas=numbers.betas, weight_decay=numbers.weight_decay
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=numbers.learning_rate,
+        momentum=numbers.momentum,
+        weight_decay=numbers.weight_decay,
+        nesterov=numbers.momentum > 0,
+    )
+
+
+def resume(accelerator: Accelerator, folder: Path, meta: dict) -> int:
+    """Load the newest complete checkpoint; returns the step to go on from, 0 if there is none."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        accelerator.print(f"resume      no complete checkpoint in {folder}: starting from the first step")
+        return 0
+    path, saved = newest
+    if saved["data"] != meta["data"]:
+        raise ValueError(
+            f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
+        )
+    if saved["engine"] != meta["engine"]:
+        raise ValueError(f"{path} was written by {saved['engine']}, this is {meta['engine']}: launch as before")
+    accelerator.load_state(str(path))
+    accelerator.print(f"resume      {path}")
+    return saved["step"]
+
+
+# --------------------------------------------------------------------------- what a run leaves behind
+
+
+def publish(
+    accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, recipe: Recipe, output: Path, step: int
+) -> None:
+    """Write the encoder folder and the pictures; all ranks take part, the main one writes."""
+    cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
+    share = recipe.train.batch_size // accelerator.num_processes
+    first = recipe.train.steps * recipe.train.batch_size + accelerator.process_index * share  # views not trained on
+    batch = stack_views([stream[first + i] for i in range(share)])
+    batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+    model.eval()
+    with torch.no_grad():
+        points = points_to_compare(batch["crop_to_volume"], recipe, cva.student.features.stride)
+        outputs = model(batch["views"], batch["mask"], points, return_outputs=True)
+    model.train()
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        prefix = "student.features.encoder."
+        weights = {key.removeprefix(prefix): w.cpu() for key, w in weights.items() if key.startswith(prefix)}
+        records = read_metrics(output / "metrics.jsonl")
+        encoder = cva.student.features.encoder
+        card = model_card(encoder.config, weights, recipe.model_dump(), step, len(stream.files), records[-1])
+        export_encoder(type(encoder), encoder.config, weights, output / "encoder", card)
+        report, outputs = output / "report", {key: outputs[key].cpu() for key in ("voxel_mask", "reconstruction")}
+        views, affines = batch["views"].cpu(), batch["crop_to_volume"].cpu()
+        draw_losses(records, report / "losses.png")
+        draw_reconstruction(
+            views[0, 0], outputs["voxel_mask"][0, 0], outputs["reconstruction"][0, 0], report / "reconstruction.png"
+        )
+        draw_views(views[[0, share], 0], affines[[0, share]], report / "views.png")
+    accelerator.wait_for_everyone()
+
+
+def print_ending(accelerator: Accelerator, output: Path) -> None:
+    records = read_metrics(output / "metrics.jsonl")
+    tenth = max(1, len(records) // 10)
+
+    def change(key: str) -> str:
+        start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
+        return f"{key} {start:.3f} -> {end:.3f}"
+
+    accelerator.print(f"losses      {change('reconstruction')}, {change('consistency')}, {change('contrastive')}")
+    waited = sum(r["data_wait"] for r in records) / len(records)
+    accelerator.print(
+        f"time        {time.perf_counter() - STARTED:.0f} s, {100 * waited:.0f} % of each step waiting for data"
+    )
+    accelerator.print(f"encoder     {output / 'encoder'}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
+    accelerator.print(f"pictures    {output / 'report'}")
+
+
+def current_commit() -> str | None:
+    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def points_to_compare(affines: torch.Tensor, recipe: Recipe, feature_stride: tuple[int, ...]) -> torch.Tensor:
+    views = recipe.views
+    return alignment_points(affines, views.crop_size, views.cells, views.samples_per_cell, feature_stride)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
+    recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
+    output = choose_output(arguments, recipe)
+    if arguments.data:
+        find_volumes(arguments.data)  # before anything heavy starts
+
+    # model
+    model = build_model(recipe)
+    per_rank = recipe.train.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = make_accelerator(
+        arguments.config,
+        output,
+        per_rank,
+        recipe.train.clip_norm,
+        wrap=model._no_split_modules,
+        tracker="wandb" if arguments.wandb else "tensorboard",
+    )
+    if not arguments.data:
+        accelerator.print(
+            "This is the demo data: one MNI152 head that nilearn ships. For your own volumes add --data FOLDER and a recipe,\n"
+            f"such as --recipe recipes/primus_m.yaml. More: python {Path(__file__).name} --help"
+        )
+
+    # data
+    output.mkdir(parents=True, exist_ok=True)
+    files = prepare_data(accelerator, arguments, recipe, output)
+    fingerprint = hashlib.sha256("\n".join(f.stem.rsplit("-", 1)[0] for f in files).encode()).hexdigest()[:16]
+    stream = build_stream(files, recipe)
+
+    # optimiser
+    optimizer = build_optimizer(model, recipe)
+    flops = print_banner(accelerator, model, recipe, output)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
+    torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop-path differs between ranks
+
+    # resume
+    first_step = 0
+    meta = {
+        "ranks": accelerator.num_processes,
+        "engine": describe_engine(accelerator),
+        "data": fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "commit": current_commit(),
+    }
+    if arguments.resume:
+        first_step = resume(accelerator, output / "checkpoints", meta)
+    if accelerator.is_main_process:
+        recipe.save(output / "recipe.yaml")
+    accelerator.init_trackers(
+        recipe.name, config={k: str(v) for k, v in flatten(recipe.model_dump(mode="json")).items()}
+    )
+
+    # loop
+    steps, ranks, rank = recipe.train.steps, accelerator.num_processes, accelerator.process_index
+    batches = RankBatches(first_step, steps, recipe.train.batch_size, rank, ranks)
+    loader = iter(make_loader(stream, batches, recipe.data.workers, pin_memory=accelerator.device.type == "cuda"))
+    metrics = Metrics(accelerator, output / "metrics.jsonl", first_step, steps, recipe.train.batch_size, flops)
+    model.train()
+    for step in range(first_step, steps):
+        asked = time.perf_counter()
+        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(loader).items()}
+        waited = time.perf_counter() - asked
+
+        lr = learning_rate(
+            step, steps, recipe.optimizer.learning_rate, recipe.train.warmup_steps, recipe.train.decay_power
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        points = points_to_compare(batch["crop_to_volume"], recipe, cva.student.features.stride)
+        losses = model(batch["views"], batch["mask"], points)
+        accelerator.backward(losses["loss"])  # under DeepSpeed this clips and steps as well
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        cva.update_teacher(recipe.teacher.momentum)
+
+        metrics.add(losses, waited)
+        done = step + 1
+        if done % recipe.train.log_every == 0 or done == steps:
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                grad_norm = model.get_global_grad_norm()
+            metrics.log(done, lr, grad_norm)
+        if done % recipe.train.checkpoint_every == 0 or done == steps:
+            save_checkpoint(accelerator, output / "checkpoints", done, meta)
+            if done < steps:
+                publish(accelerator, model, stream, recipe, output, done)
+            metrics.pause()
+    metrics.bar.close()
+    publish(accelerator, model, stream, recipe, output, steps)
+    print_ending(accelerator, output)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_cva.py: {error}", file=sys.stderr)
+        sys.exit(2)

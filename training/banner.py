@@ -1,0 +1,77 @@
+"""What a run says before it starts: what a step is, what it costs, and whether the disk can hold the result."""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+
+from models import ConsistentViewAlignment
+
+from .checkpoints import KEEP, complete_checkpoints
+from .estimate import step_cost
+from .recipe import Recipe
+from .runtime import describe_engine
+
+
+def print_banner(accelerator: Accelerator, model: ConsistentViewAlignment, recipe: Recipe, output: Path) -> float:
+    """Print the derived numbers; returns the floating point operations of a step over all ranks.
+
+    Args:
+        model: on the CPU, not yet wrapped.
+
+    Raises:
+        ValueError: if the disk has no room for the checkpoints.
+    """
+    ranks, batch, crop = accelerator.num_processes, recipe.train.batch_size, recipe.views.crop_size
+    views = 2 * batch // ranks
+    grid = [size // recipe.mask.block for size in crop]
+    points = [cells * recipe.views.samples_per_cell for cells in recipe.views.cells]
+    shapes = {
+        "views": ((views, 1, *crop), torch.float32),
+        "mask": ((views, *grid), torch.bool),
+        "points": ((views, *points, 3), torch.float32),
+    }
+    cost = step_cost(model, shapes)
+    flops = cost["flops"] * ranks
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
+    moments = {"adamw": 2, "sgd": 1}[recipe.optimizer.name] * trained
+    plugin = accelerator.state.deepspeed_plugin
+    stage = plugin.zero_stage if plugin else 3 if accelerator.distributed_type == DistributedType.FSDP else 0
+    parts = (
+        (trained + teacher, 3),
+        (trained, 2),
+        (moments, 1),
+    )  # weights, gradients, moments: sharded from which stage
+    states = sum(4 * size / (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
+    blocks = math.prod(grid)
+    tokens = "tokens" if recipe.model.architecture == "primus" else "blocks"
+    lines = {
+        "engine": f"{describe_engine(accelerator)}, {recipe.train.precision}",
+        "output": output,
+        "encoder": f"{recipe.model.architecture}, {encoder / 1e6:.1f} M parameters; with heads {trained / 1e6:.1f} M "
+        f"trained, teacher {teacher / 1e6:.1f} M",
+        "step": f"{batch} volumes = {2 * batch} views of {crop[0]} x {crop[1]} x {crop[2]}, {views} a rank; "
+        f"{blocks} {tokens} a view, {int(recipe.mask.ratio * blocks)} of them masked",
+        "cost": f"{flops / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
+        "memory": f"about {(states + cost['activation_bytes']) / 1e9:.2f} GB a rank: weights, gradients and optimiser "
+        f"{states / 1e9:.2f}, activations {cost['activation_bytes'] / 1e9:.2f}",
+    }
+    for key, value in lines.items():
+        accelerator.print(f"{key:<11} {value}")
+    _check_room(output, 4 * (trained + teacher + moments))
+    return flops
+
+
+def _check_room(output: Path, checkpoint: int) -> None:
+    free = shutil.disk_usage(output).free
+    needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(output / "checkpoints")))
+    if free < needed:
+        raise ValueError(
+            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps {KEEP} "
+            f"checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; free some or choose "
+            "another folder"
+        )

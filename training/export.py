@@ -1,0 +1,118 @@
+"""Write the encoder so that anyone can load it: configuration, weights, code and model card in one folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple[int, ...]) -> dict:
+    """What a user must do to a volume before the encoder sees it; goes into config.json. In this order."""
+    return {
+        "orientation": orientation,
+        "crop_to_nonzero_box": True,
+        "normalisation": "z-score over that box",
+        "spacing": list(spacing),
+        "interpolation": "cubic; nearest along an axis more than 3 times coarser than the finest",
+        "crop_size": list(crop_size),
+        "padding_value": 0.0,
+    }
+
+
+def export_encoder(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    card: str,
+) -> None:
+    """Replace `folder` by one that `AutoModel.from_pretrained(folder, trust_remote_code=True)` reads.
+
+    Args:
+        weights: the encoder's full state dict, as gathered from the run.
+        card: text of the model card.
+    """
+    type(config).register_for_auto_class()
+    model_class.register_for_auto_class("AutoModel")
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
+        encoder = model_class(config)
+    encoder.load_state_dict(weights)
+    temporary = folder.with_name(f"tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    encoder.save_pretrained(temporary)
+    ModelCard(card).save(temporary / "README.md")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+
+
+def model_card(
+    config: PretrainedConfig,
+    weights: dict[str, torch.Tensor],
+    recipe: dict,
+    step: int,
+    volumes: int,
+    last: dict[str, float],
+) -> str:
+    """The text of the model card, from what is known of the run."""
+    name = {"primus": "Primus", "resenc": "ResEnc"}[config.model_type]
+    size = tuple(config.image_size)
+    steps = config.preprocessing
+    millions = sum(w.numel() for w in weights.values()) / 1e6
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["medical-imaging", "3d", "self-supervised", "mri", config.model_type],
+    )
+    losses = "\n".join(
+        f"| {k} | {last[k]:.4f} |" for k in ("reconstruction", "consistency", "contrastive") if k in last
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name} encoder, pretrained with Consistent View Alignment
+
+A 3D encoder of {millions:.1f} M parameters for medical volumes, pretrained without labels by masked autoencoding, dense
+alignment of two overlapping views and image-level contrast.
+
+## Use
+
+```python
+import torch
+from transformers import AutoModel
+
+encoder = AutoModel.from_pretrained("FOLDER_OR_HUB_ID", trust_remote_code=True)
+crop = torch.randn(1, {config.num_channels}, {size[0]}, {size[1]}, {size[2]})  # a prepared crop, see below
+features = encoder(crop).last_hidden_state
+```
+
+## Preparation of a volume
+
+In this order:
+
+1. Orientation {steps["orientation"]}.
+2. Crop to the box of non-zero voxels.
+3. Subtract the mean of that box and divide by its standard deviation.
+4. Resample to {" x ".join(f"{s:g}" for s in steps["spacing"])} mm; {steps["interpolation"]}.
+5. Crop to {" x ".join(map(str, size))} voxels; pad with 0.
+
+## Training
+
+Recipe `{recipe["name"]}`, {step} of {recipe["train"]["steps"]} steps, {recipe["train"]["batch_size"]} volumes a step, drawn
+from {volumes} volume{"s" if volumes != 1 else ""}. The weights are the student's. Losses reached:
+
+| term | value |
+|---|---|
+{losses}
+
+## Limits
+
+For research. Not a medical device. Features are only as general as the {volumes} volume{"s" if volumes != 1 else ""} seen.
+
+## Citation
+
+Consistent View Alignment, arXiv 2509.13846; {"Primus, arXiv 2503.01835" if name == "Primus" else "ResEnc, arXiv 2404.09556"}.
+"""

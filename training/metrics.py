@@ -1,0 +1,91 @@
+"""What a running job tells: metrics.jsonl, trackers and a progress bar, with one device synchronisation a logged step."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class Metrics:
+    """Averages the losses of the steps between two logs on the device, and writes one record a log.
+
+    Args:
+        path: `metrics.jsonl`; records from `first_step` on are dropped, they are about to be written again.
+        flops: floating point operations of one step over all ranks.
+    """
+
+    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, steps: int, volumes: int, flops: float):
+        self.accelerator, self.path, self.volumes, self.flops = accelerator, path, volumes, flops
+        self.bar = tqdm(
+            total=steps, initial=first_step, desc="pretraining", unit="step", disable=not accelerator.is_main_process
+        )
+        if accelerator.is_main_process:
+            kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor], waited: float) -> None:
+        """Note one step: its losses, still on the device, and the seconds it waited for data."""
+        for key, value in losses.items():
+            value = value.detach()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.steps += 1
+        self.waited += waited
+        self.bar.update()
+
+    def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor) -> dict[str, float]:
+        """Write the record of the steps up to `step` and return it.
+
+        Raises:
+            FloatingPointError: if the loss is not finite, on all ranks alike.
+        """
+        keys = list(self.sums)
+        means = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]) / self.steps, "mean").tolist()
+        elapsed = time.perf_counter() - self.started
+        seconds = elapsed / self.steps
+        record = {"step": step, **dict(zip(keys, means))}
+        record |= {
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            "seconds": seconds,
+            "volumes_per_second": self.volumes / seconds,
+            "data_wait": self.waited / elapsed,
+            "tflops": self.flops / seconds / 1e12,
+        }
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
+            self.bar.set_postfix_str(
+                f"loss {record['loss']:.3f} lr {learning_rate:.1e} {seconds:.2f} s/step "
+                f"{record['volumes_per_second']:.1f} vol/s data {100 * record['data_wait']:.0f}%"
+            )
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"the loss is {record['loss']} at step {step}: lower optimizer.learning_rate, or train in fp32"
+            )
+        self._start_interval()
+        return record
+
+    def pause(self) -> None:
+        """Leave the time since the last log (checkpoints, pictures) out of the next record."""
+        self.started = time.perf_counter()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,107 @@
+"""An Accelerator from a file of ds_configs/, doing what the file says or saying why not."""
+
+import json
+import os
+import socket
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
+PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that is still preparing volumes
+
+
+def make_accelerator(
+    config: Path, output: Path, batch_per_rank: int, clip_norm: float, wrap: list[str], tracker: str
+) -> Accelerator:
+    """Start the ranks' runtime.
+
+    Args:
+        config: a DeepSpeed JSON file, or one whose only key is `ddp` or `fsdp` with that wrapper's arguments.
+        batch_per_rank, clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
+        wrap: names of the module classes that FSDP shards as a unit.
+        tracker: "tensorboard" or "wandb".
+
+    Raises:
+        ValueError: if the file is not such a file.
+        RuntimeError: if it asks for something that this launch cannot give.
+    """
+    settings = read_config(config)
+    plugins = {}
+    if "ddp" in settings:
+        plugins["kwargs_handlers"] = [DistributedDataParallelKwargs(**settings["ddp"])]
+    elif "fsdp" in settings:
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=wrap, **settings["fsdp"])
+    else:
+        settings |= {
+            "train_micro_batch_size_per_gpu": batch_per_rank,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip_norm,
+        }
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=settings)
+        _stand_alone()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    group = InitProcessGroupKwargs(backend=backend, timeout=PREPARATION_LIMIT)
+    accelerator = Accelerator(
+        mixed_precision="no",  # the model runs its own autocast, alike under every engine
+        log_with=tracker,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        kwargs_handlers=[group, *plugins.pop("kwargs_handlers", [])],
+        **plugins,
+    )
+    got = accelerator.distributed_type
+    if "deepspeed_plugin" in plugins and got != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"{config} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
+            "and without a saved Accelerate configuration that says otherwise (accelerate env shows it)"
+        )
+    if "fsdp_plugin" in plugins and got != DistributedType.FSDP:
+        raise RuntimeError(
+            f"{config} asks for FSDP but Accelerate started {got.value}: it needs GPUs and a launch such as "
+            "accelerate launch --multi_gpu --num_processes N (or torchrun --nproc_per_node N)"
+        )
+    return accelerator
+
+
+def read_config(path: Path) -> dict:
+    """The settings of one file of ds_configs/; ValueError with the remedy if it is not one."""
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}; the files are in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or not {"ddp", "fsdp", "zero_optimization"} & set(settings):
+        raise ValueError(f"--config {path}: needs the key zero_optimization (DeepSpeed), fsdp or ddp")
+    if clash := {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"} & set(settings):
+        raise ValueError(
+            f"--config {path}: remove {', '.join(sorted(clash))}; the recipe sets batch, optimiser and precision"
+        )
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        if settings.get(key, "auto") != "auto":
+            warnings.warn(f"--config {path}: {key}={settings[key]} is ignored, the recipe sets it", stacklevel=2)
+    return settings
+
+
+def describe_engine(accelerator: Accelerator) -> str:
+    """Such as "DeepSpeed ZeRO-2, 8 ranks on cuda"."""
+    kind = accelerator.distributed_type
+    name = {DistributedType.NO: "one process", DistributedType.FSDP: "FSDP2"}.get(kind, "DDP")
+    if kind == DistributedType.DEEPSPEED:
+        name = f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    ranks = accelerator.num_processes
+    return f"{name}, {ranks} rank{'s' if ranks > 1 else ''} on {accelerator.device.type}"
+
+
+def _stand_alone() -> None:
+    """Let DeepSpeed start without a launcher: without these it looks for MPI."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in alone.items()})

@@ -1,0 +1,8 @@
+"""Schedules as pure functions of the step, so that a resumed run needs no scheduler state."""
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_power: float) -> float:
+    """Linear warm-up to `peak`, then `peak * (1 - progress) ** decay_power` (nnU-Net's polynomial decay)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (1 - (step - warmup_steps) / (steps - warmup_steps)) ** decay_power

@@ -40,6 +40,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,7 @@ from training.recipe import Recipe, differences, flatten, load_recipe
 from training.runtime import describe_engine, make_accelerator
 from training.schedules import learning_rate
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 CONSISTENCY = {"cosine": cosine_consistency}
 STARTED = time.perf_counter()
 
@@ -75,7 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="how to spread the work: a file of ds_configs/")
     parser.add_argument("--recipe", type=Path, help="the experiment: a file of recipes/ (default: recipes/demo.yaml)")
-    parser.add_argument("--data", type=Path, help="folder of NIfTI files (default: the MNI152 head of nilearn)")
+    parser.add_argument("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
     parser.add_argument(
         "--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)"
     )
@@ -233,11 +234,11 @@ def publish(
         encoder = cva.student.features.encoder
         card = model_card(encoder.config, weights, recipe.model_dump(), step, len(stream.files), records[-1])
         export_encoder(type(encoder), encoder.config, weights, output / "encoder", card)
-        report, outputs = output / "report", {key: outputs[key].cpu() for key in ("voxel_mask", "reconstruction")}
+        report, outputs = output / "report", {key: outputs[key].cpu() for key in ("voxel_mask", "reconstructed")}
         views, affines = batch["views"].cpu(), batch["crop_to_volume"].cpu()
         draw_losses(records, report / "losses.png")
         draw_reconstruction(
-            views[0, 0], outputs["voxel_mask"][0, 0], outputs["reconstruction"][0, 0], report / "reconstruction.png"
+            views[0, 0], outputs["voxel_mask"][0, 0], outputs["reconstructed"][0, 0], report / "reconstruction.png"
         )
         draw_views(views[[0, share], 0], affines[[0, share]], report / "views.png")
     accelerator.wait_for_everyone()
@@ -293,7 +294,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     if not arguments.data:
         accelerator.print(
-            "This is the demo data: one MNI152 head that nilearn ships. For your own volumes add --data FOLDER and a recipe,\n"
+            "This is the demo data: the MNI152 T1 template that nilearn ships. For your own volumes add --data FOLDER and a recipe,\n"
             f"such as --recipe recipes/primus_m.yaml. More: python {Path(__file__).name} --help"
         )
 
@@ -374,11 +375,17 @@ def main(arguments: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
+def raised_here(error: BaseException) -> bool:
+    """Whether this project raised an error itself: then its message is for the user, otherwise it is a bug."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).resolve().is_relative_to(HERE)
+
+
 if __name__ == "__main__":
     try:
         main(parse_arguments())
     except (ValueError, OSError, FloatingPointError) as error:
-        if "--debug" in sys.argv:
+        if not isinstance(error, OSError) and not raised_here(error):
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"train_cva.py: {error}", file=sys.stderr)

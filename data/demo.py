@@ -1,4 +1,4 @@
-"""The volume of the demo: the MNI152 T1 head at 1 mm (197 x 233 x 189) that the nilearn package ships."""
+"""The volume of the demo: the MNI152 T1 template at 1 mm (197 x 233 x 189) that the nilearn package ships."""
 
 from importlib.util import find_spec
 from pathlib import Path

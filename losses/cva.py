@@ -39,7 +39,7 @@ def cva_objective(
     pairs = len(embedding) // 2
     volumes = torch.arange(pairs, device=embedding.device).repeat(2)
 
-    reconstruction = masked_huber(outputs["reconstruction"], outputs["target"], outputs["voxel_mask"])
+    reconstruction = masked_huber(outputs["reconstructed"], outputs["target"], outputs["voxel_mask"])
     consistency = consistency_loss(student, teacher)
     contrastive, accuracy = nt_xent(embedding, outputs["teacher_embedding"].roll(pairs, dims=0), volumes, temperature)
     with torch.no_grad():

@@ -57,7 +57,7 @@ class ConsistentViewAlignment(nn.Module):
                 views of a volume are the same places.
 
         Returns:
-            `reconstruction` and `target` `[2B, C, X, Y, Z]`, `voxel_mask` `[2B, 1, X, Y, Z]`, `points`, dense features
+            `reconstructed` and `target` `[2B, C, X, Y, Z]`, `voxel_mask` `[2B, 1, X, Y, Z]`, `points`, dense features
             `student_dense` and `teacher_dense` `[2B, D, x, y, z]`, and `student_embedding` and `teacher_embedding`
             `[2 * global B, D]` of the crops of all ranks, view-major.
         """
@@ -71,7 +71,7 @@ class ConsistentViewAlignment(nn.Module):
                 teacher_dense = _per_cell(teacher_dense, self.teacher["projector"])
                 teacher_embedding = self.teacher["projector"](pooled)
         return {
-            "reconstruction": reconstruction.float(),
+            "reconstructed": reconstruction.float(),
             "target": views,
             "voxel_mask": voxel_mask,
             "points": points,

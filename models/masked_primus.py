@@ -62,6 +62,9 @@ def patch_decoder(hidden_size: int, patch_size: tuple[int, ...], out_channels: i
     for i in range(stages):
         stride = tuple(2 if size >= 2 ** (stages - i) else 1 for size in patch_size)
         layers.append(nn.ConvTranspose3d(channels[i], channels[i + 1], stride, stride))
+        # every output voxel sums over the input channels once; the last layer starts near 0, the mean of a volume
+        nn.init.normal_(layers[-1].weight, std=math.sqrt(2 / channels[i]) if i + 1 < stages else 0.02)
+        nn.init.zeros_(layers[-1].bias)
         if i + 1 < stages:
             layers += [ChannelNorm(channels[i + 1], eps=1e-6), nn.GELU()]
     return nn.Sequential(*layers)
@@ -80,8 +83,8 @@ class MaskedPrimus(nn.Module):
         self.decoder = PrimusTransformer(config, decoder_layers, config.num_attention_heads)
         self.feature_decoder = PrimusTransformer(config, decoder_layers, feature_decoder_heads)
         self.patch_decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_channels)
-        for head in (self.decoder, self.feature_decoder, self.patch_decoder):
-            head.apply(init_primus_weights)
+        self.decoder.apply(init_primus_weights)
+        self.feature_decoder.apply(init_primus_weights)
         nn.init.normal_(self.mask_token, std=1e-6)
 
     def forward(self, views: torch.Tensor, mask: torch.Tensor, voxel_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:

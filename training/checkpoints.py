@@ -19,7 +19,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, meta: dic
     """Write `folder/step_N` with the state of model (teacher included), optimiser and random generators.
 
     Raises:
-        RuntimeError: if it cannot be written; earlier checkpoints are untouched.
+        OSError: if it cannot be written; earlier checkpoints are untouched.
     """
     final, temporary = folder / f"step_{step}", folder / f"tmp-step_{step}"
     if accelerator.is_main_process:
@@ -31,7 +31,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, meta: dic
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 1e9
-        raise RuntimeError(
+        raise OSError(
             f"checkpoint {final} could not be written ({str(error).splitlines()[0][:120]}; {free:.1f} GB free on the disk); "
             "earlier checkpoints are untouched, go on from them with --resume auto"
         ) from error

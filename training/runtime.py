@@ -7,6 +7,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import joblib
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
@@ -26,10 +27,10 @@ def make_accelerator(
         tracker: "tensorboard" or "wandb".
 
     Raises:
-        ValueError: if the file is not such a file.
-        RuntimeError: if it asks for something that this launch cannot give.
+        ValueError: if the file is not such a file, or asks for something that this launch cannot give.
     """
     settings = read_config(config)
+    _stand_alone()
     plugins = {}
     if "ddp" in settings:
         plugins["kwargs_handlers"] = [DistributedDataParallelKwargs(**settings["ddp"])]
@@ -41,8 +42,10 @@ def make_accelerator(
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip_norm,
         }
+        _quiet_deepspeed_on_cpu()
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=settings)
-        _stand_alone()
+    if not torch.cuda.is_available():  # launchers set one thread a process
+        torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     group = InitProcessGroupKwargs(backend=backend, timeout=PREPARATION_LIMIT)
     accelerator = Accelerator(
@@ -54,12 +57,12 @@ def make_accelerator(
     )
     got = accelerator.distributed_type
     if "deepspeed_plugin" in plugins and got != DistributedType.DEEPSPEED:
-        raise RuntimeError(
+        raise ValueError(
             f"{config} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
             "and without a saved Accelerate configuration that says otherwise (accelerate env shows it)"
         )
     if "fsdp_plugin" in plugins and got != DistributedType.FSDP:
-        raise RuntimeError(
+        raise ValueError(
             f"{config} asks for FSDP but Accelerate started {got.value}: it needs GPUs and a launch such as "
             "accelerate launch --multi_gpu --num_processes N (or torchrun --nproc_per_node N)"
         )
@@ -89,15 +92,25 @@ def read_config(path: Path) -> dict:
 def describe_engine(accelerator: Accelerator) -> str:
     """Such as "DeepSpeed ZeRO-2, 8 ranks on cuda"."""
     kind = accelerator.distributed_type
-    name = {DistributedType.NO: "one process", DistributedType.FSDP: "FSDP2"}.get(kind, "DDP")
+    name = {DistributedType.FSDP: "FSDP2"}.get(kind, "DDP")
     if kind == DistributedType.DEEPSPEED:
         name = f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     ranks = accelerator.num_processes
     return f"{name}, {ranks} rank{'s' if ranks > 1 else ''} on {accelerator.device.type}"
 
 
+def _quiet_deepspeed_on_cpu() -> None:
+    """Without a GPU, DeepSpeed compiles a C++ kernel at start that only inference uses, and fails without a compiler."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _stand_alone() -> None:
-    """Let DeepSpeed start without a launcher: without these it looks for MPI."""
+    """Without a distributed launcher, be a group of one; DeepSpeed would look for MPI."""
     if "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as free:

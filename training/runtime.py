@@ -34,6 +34,7 @@ def make_accelerator(
     plugins = {}
     if "ddp" in settings:
         plugins["kwargs_handlers"] = [DistributedDataParallelKwargs(**settings["ddp"])]
+        plugins["cpu"] = not torch.cuda.is_available()  # otherwise Accelerate lets CPU ranks train each on its own
     elif "fsdp" in settings:
         plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=wrap, **settings["fsdp"])
     else:
@@ -61,6 +62,8 @@ def make_accelerator(
             f"{config} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
             "and without a saved Accelerate configuration that says otherwise (accelerate env shows it)"
         )
+    if "cpu" in plugins and got == DistributedType.NO:
+        raise ValueError(f"{config} asks for data parallel training but Accelerate started without a process group")
     if "fsdp_plugin" in plugins and got != DistributedType.FSDP:
         raise ValueError(
             f"{config} asks for FSDP but Accelerate started {got.value}: it needs GPUs and a launch such as "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 
 def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple[int, ...]) -> dict:
@@ -42,7 +43,9 @@ def export_encoder(
     encoder.load_state_dict(weights)
     temporary = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
+    logging.disable_progress_bar()
     encoder.save_pretrained(temporary)
+    logging.enable_progress_bar()
     ModelCard(card).save(temporary / "README.md")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)

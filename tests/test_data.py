@@ -1,0 +1,174 @@
+"""Reading NIfTI, preparing volumes, and the stream of samples."""
+
+import gzip
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import blobs, save_nifti
+
+from data.demo import demo_volume
+from data.nifti import BadVolume, find_volumes, read_volume
+from data.prepared import prepare_volumes
+from data.stream import RankBatches, SampleStream, make_loader, stack_views
+
+PREPARED = {"orientation": "RAS", "spacing": (1.0, 1.0, 1.0)}
+
+
+def read(path):
+    return read_volume(path, **PREPARED)
+
+
+def bad_files(folder):
+    """One of each, with a word of the reason that a person should be given."""
+    good = blobs(3)
+    nan = good.astype(np.float32)
+    nan[3, 4, 5], nan[6, 7, 8] = np.nan, np.inf
+    whole = save_nifti(
+        folder / "whole.nii.gz", np.random.default_rng(0).integers(0, 999, (40, 40, 40)).astype(np.int16)
+    )
+    packed = whole.read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(packed[: len(packed) // 2])
+    (folder / "text.nii").write_text("no image at all")
+    (folder / "empty.nii.gz").write_bytes(b"")
+    whole.unlink()
+    return {
+        folder / "truncated.nii.gz": "truncated",
+        folder / "text.nii": "not a readable NIfTI",
+        folder / "empty.nii.gz": "not a readable NIfTI",
+        save_nifti(folder / "flat.nii.gz", good[:, :, :1]): "2D",
+        save_nifti(folder / "flat2.nii.gz", good[:, :, 0]): "2D",
+        save_nifti(folder / "series.nii.gz", np.stack([good] * 3, axis=-1)): "4D",
+        save_nifti(folder / "nan.nii.gz", nan): "2 voxels are NaN or infinite",
+        save_nifti(folder / "constant.nii.gz", np.full((30, 30, 30), 7, np.int16)): "same",
+        save_nifti(folder / "zero.nii.gz", np.zeros((30, 30, 30), np.int16)): "same",
+    }
+
+
+def test_each_bad_file_gets_its_reason(tmp_path):
+    for path, word in bad_files(tmp_path).items():
+        with pytest.raises(BadVolume, match=word) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_good_and_bad_files_are_told_apart(tmp_path, volumes):
+    shutil.copytree(volumes, tmp_path / "data")
+    wrong = bad_files(tmp_path / "data")
+    paths = find_volumes(tmp_path / "data")
+    good, bad = prepare_volumes(paths, tmp_path / "prepared", workers=2, **PREPARED)
+    assert len(good) == 3
+    assert {path for path, _ in bad} == set(wrong)
+    written = {f: f.stat().st_mtime_ns for f in good}
+    again, _ = prepare_volumes(paths, tmp_path / "prepared", workers=1, **PREPARED)
+    assert again == good
+    assert {f: f.stat().st_mtime_ns for f in good} == written  # prepared once
+    other, _ = prepare_volumes(paths, tmp_path / "prepared", "RAS", (2.0, 2.0, 2.0), workers=1)
+    assert not set(other) & set(good)
+
+
+def test_volumes_are_found_in_any_layout(volumes, tmp_path):
+    assert [p.name for p in find_volumes(volumes)] == ["a.nii", "b.nii.gz", "c.nii.gz"]
+    with pytest.raises(ValueError, match=r"no \.nii or \.nii\.gz"):
+        find_volumes(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        find_volumes(tmp_path / "missing")
+
+
+def test_orientation_does_not_depend_on_how_a_file_is_stored(tmp_path):
+    volume = blobs(5, (20, 24, 28))
+    image = nib.Nifti1Image(volume, np.eye(4))
+    nib.save(image, tmp_path / "ras.nii")
+    stored = image.as_reoriented(nib.orientations.axcodes2ornt("ASL"))  # some permutation with flips
+    assert stored.shape != image.shape
+    nib.save(stored, tmp_path / "other.nii")
+    np.testing.assert_array_equal(read(tmp_path / "ras.nii"), read(tmp_path / "other.nii"))
+    left = read_volume(tmp_path / "ras.nii", "LAS", (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(left, read(tmp_path / "ras.nii")[::-1])
+
+
+def test_normalised_over_the_nonzero_box(tmp_path):
+    volume = np.zeros((30, 30, 30), np.int16)
+    volume[5:25, 6:20, 7:28] = blobs(1, (20, 14, 21))
+    out = read(save_nifti(tmp_path / "v.nii.gz", volume))
+    assert out.shape == (20, 14, 21)
+    assert out.mean() == pytest.approx(0, abs=1e-5)
+    assert out.std() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 1.0, 1.0), (0.5, 0.8, 1.0), (1.0, 1.0, 5.0)])
+def test_resampling_keeps_places(tmp_path, spacing):
+    """A ramp along each axis stays the same ramp in mm."""
+    for axis in range(3):
+        n = np.array([24, 30, 20])
+        ramp = np.arange(n[axis]) * spacing[axis] + 1
+        volume = np.broadcast_to(ramp.reshape([-1 if a == axis else 1 for a in range(3)]), n).astype(np.float32)
+        out = read(save_nifti(tmp_path / f"{axis}.nii", volume, spacing))
+        assert out.shape == tuple(np.round(n * spacing).astype(int))
+        profile = out.mean(axis=tuple(a for a in range(3) if a != axis)) * ramp.std() + ramp.mean()
+        at = (np.arange(len(profile)) + 0.5) * n[axis] / len(profile) - 0.5  # source voxel of each result
+        expected = at * spacing[axis] + 1
+        inner = slice(len(profile) // 5, -len(profile) // 5)
+        tolerance = spacing[axis] / 2 + 1e-3 if spacing[axis] > 3 else 0.02
+        np.testing.assert_allclose(profile[inner], expected[inner], atol=tolerance)
+
+
+def test_demo_volume_is_the_mni_template():
+    image = nib.load(demo_volume())
+    assert image.shape == (197, 233, 189)
+    assert read(demo_volume()).shape == (145, 181, 155)
+
+
+@pytest.fixture
+def stream(volumes, tmp_path):
+    files, _ = prepare_volumes(find_volumes(volumes), tmp_path, workers=1, **PREPARED)
+    return SampleStream(files, 7, (32, 16, 24), (0.4, 0.8), 0.5, 8, 0.75)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sample_is_a_function_of_seed_and_number(stream):
+    assert same(stream[5], stream[5])
+    assert not same(stream[5], stream[6])
+    other = SampleStream(stream.files, 8, (32, 16, 24), (0.4, 0.8), 0.5, 8, 0.75)
+    assert not same(stream[5], other[5])
+
+
+def test_masks_hide_the_same_number_of_blocks_everywhere(stream):
+    hidden = {int(m.sum()) for i in range(20) for m in stream[i]["mask"]}
+    assert hidden == {int(0.75 * 4 * 2 * 3)}
+    assert stream[0]["mask"].shape == (2, 4, 2, 3)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (2, 2)])
+def test_ranks_and_workers_share_one_stream(stream, ranks, workers):
+    expected = stack_views([stream[i] for i in range(8, 12)])  # global batch of step 2
+    parts = []
+    for rank in range(ranks):
+        loader = make_loader(stream, RankBatches(2, 4, 4, rank, ranks), workers, pin_memory=False)
+        parts.append(next(iter(loader)))
+    for key, whole in expected.items():
+        got = torch.cat([p[key].unflatten(0, (2, -1)) for p in parts], dim=1).flatten(0, 1)
+        assert torch.equal(got, whole)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path, volumes, monkeypatch):
+    def full(stream, volume):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="no room for prepared volumes"):
+        prepare_volumes(find_volumes(volumes), tmp_path / "p", workers=1, **PREPARED)
+    assert not list((tmp_path / "p").iterdir())
+
+
+def test_gzip_and_plain_give_the_same_volume(tmp_path):
+    path = save_nifti(tmp_path / "v.nii", blobs(4))
+    with gzip.open(tmp_path / "w.nii.gz", "wb") as packed:
+        packed.write(path.read_bytes())
+    np.testing.assert_array_equal(read(path), read(tmp_path / "w.nii.gz"))

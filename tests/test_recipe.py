@@ -1,0 +1,110 @@
+"""Recipes: all shipped ones are valid, and every mistake gets one line with key and remedy."""
+
+import pytest
+from conftest import ROOT, TINY
+
+from training.recipe import differences, load_recipe
+from training.schedules import learning_rate
+
+DEMO = ROOT / "recipes" / "demo.yaml"
+RESENC = ROOT / "recipes" / "resenc_l.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid_and_survive_saving(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert differences(recipe, tmp_path / "recipe.yaml") == []
+
+
+def test_published_numbers():
+    primus, resenc = load_recipe(ROOT / "recipes" / "primus_m.yaml"), load_recipe(RESENC)
+    assert primus.model.numbers() == {"hidden_size": 864, "num_hidden_layers": 16, "num_attention_heads": 12}
+    for recipe in (primus, resenc):
+        assert (recipe.loss.reconstruction_weight, recipe.loss.consistency_weight, recipe.loss.contrastive_weight) == (
+            5,
+            1,
+            0.1,
+        )
+        assert recipe.loss.consistency == "cosine"
+        assert recipe.teacher.momentum == 0.995
+        assert recipe.train.batch_size == 4
+    assert primus.train.steps == 150 * 250
+    assert resenc.train.steps == 250 * 250
+
+
+def test_overrides():
+    recipe = load_recipe(DEMO, [*TINY, "optimizer.learning_rate=1e-3", "name=mine"])
+    assert recipe.views.crop_size == (32, 32, 32)
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.step=5"], r"train\.step: no such key in a recipe; did you mean steps\?"),
+        (["optimizer.lr=5"], r"optimizer\.lr: no such key"),
+        (["train.steps=many"], r"train\.steps: .*integer.*, not 'many'"),
+        (["train.steps=2.5"], r"train\.steps"),
+        (["train.steps=0"], r"train\.steps: .*greater than 0"),
+        (
+            ["views.crop_size=[50,48,48]"],
+            r"views\.crop_size=\[50,48,48\] is not divisible .*set views\.crop_size=\[48,48,48\]",
+        ),
+        (["mask.block=16"], r"mask\.block=16 must equal model\.patch_size=8"),
+        (["mask.ratio=0.001"], r"mask\.ratio=0\.001 .*hides none"),
+        (["views.overlap=[0.8,0.4]"], r"views\.overlap"),
+        (["train.warmup_steps=500"], r"train\.warmup_steps=500 must be below train\.steps"),
+        (["model.hidden_size=100"], r"hidden_size=100 must be a multiple of 6 x heads"),
+        (["model.size=M"], r"give either size or these three"),
+        (["model.architecture=vit"], r"model"),
+        (["loss.consistency=gram"], r"loss\.consistency: .*cosine"),
+        (["data.orientation=XYZ"], r"data\.orientation"),
+        (["steps"], r"key\.subkey=value"),
+        (["name.x=1"], r"name\.x: no such section"),
+    ],
+)
+def test_mistakes_name_the_key(overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(DEMO, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_resenc_crop_must_fit_its_stride():
+    with pytest.raises(ValueError, match=r"total stride \(32\): set views\.crop_size=\[96,128,128\]"):
+        load_recipe(RESENC, ["views.crop_size=[100,128,128]"])
+
+
+def test_batch_must_divide_over_the_ranks():
+    recipe = load_recipe(DEMO)
+    recipe.check_ranks(4)
+    with pytest.raises(ValueError, match=r"train\.batch_size=8 does not divide over 3 ranks: set train\.batch_size=9"):
+        recipe.check_ranks(3)
+
+
+def test_a_missing_or_broken_file(tmp_path):
+    with pytest.raises(ValueError, match="recipes/"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    with pytest.raises(ValueError, match="not YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    (tmp_path / "short.yaml").write_text("name: short")
+    with pytest.raises(ValueError, match="views: missing"):
+        load_recipe(tmp_path / "short.yaml")
+
+
+def test_differences_leave_out_what_does_not_change_results(tmp_path):
+    load_recipe(DEMO).save(tmp_path / "recipe.yaml")
+    assert differences(load_recipe(DEMO, ["train.log_every=7", "data.workers=3"]), tmp_path / "recipe.yaml") == []
+    assert differences(load_recipe(DEMO, ["seed=3"]), tmp_path / "recipe.yaml") == ["seed is 0 there and 3 here"]
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [learning_rate(s, 100, 2.0, 10, 0.9) for s in range(100)]
+    assert rates[0] == 0.2
+    assert rates[9] == rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * 0.5**0.9)
+    assert all(a > b > 0 for a, b in zip(rates[10:], rates[11:]))

@@ -119,6 +119,19 @@ def check_output(output: Path, recipe: Recipe, resume: bool) -> Path:
     return output
 
 
+def say_what_is_default(accelerator: Accelerator, arguments: argparse.Namespace) -> None:
+    data = "the MNI152 T1 template that nilearn ships"
+    if not arguments.data and not arguments.recipe:
+        accelerator.print(
+            f"This is the demo: a small Primus on {data}.\nFor your own volumes add --data FOLDER and a recipe, such as "
+            f"--recipe recipes/primus_m.yaml; python {Path(__file__).name} --help shows the commands.\n"
+        )
+    elif not arguments.data:
+        accelerator.print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
+    elif not arguments.recipe:
+        accelerator.print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
+
+
 def prepare_data(accelerator: Accelerator, arguments: argparse.Namespace, recipe: Recipe, output: Path) -> list[Path]:
     """Prepared volumes, the same list on every rank. Raises ValueError if too many files cannot be used."""
     paths = find_volumes(arguments.data) if arguments.data else [demo_volume()]
@@ -132,8 +145,8 @@ def prepare_data(accelerator: Accelerator, arguments: argparse.Namespace, recipe
         accelerator.print(f"left out    {path}: {reason}")
     if len(bad) > recipe.data.max_bad_share * len(paths) or not files:
         raise ValueError(
-            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share={recipe.data.max_bad_share:g}: "
-            "mend or remove the files listed above, or raise data.max_bad_share"
+            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share="
+            f"{recipe.data.max_bad_share:g}: mend or remove the files listed above, or raise data.max_bad_share"
         )
     crop = recipe.views.crop_size
     small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < crop)]
@@ -292,11 +305,7 @@ def main(arguments: argparse.Namespace) -> None:
         wrap=model._no_split_modules,
         tracker="wandb" if arguments.wandb else "tensorboard",
     )
-    if not arguments.data:
-        accelerator.print(
-            "This is the demo data: the MNI152 T1 template that nilearn ships. For your own volumes add --data FOLDER and a recipe,\n"
-            f"such as --recipe recipes/primus_m.yaml. More: python {Path(__file__).name} --help"
-        )
+    say_what_is_default(accelerator, arguments)
 
     # data
     output.mkdir(parents=True, exist_ok=True)

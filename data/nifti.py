@@ -1,4 +1,4 @@
-"""Reading NIfTI: find the files, refuse what cannot be trained on, and bring the rest to one orientation and spacing."""
+"""Reading NIfTI: find the files, refuse what cannot be trained on, bring the rest to one orientation and spacing."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ class SampleStream(Dataset):
         self.mask_ratio = mask_ratio
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`, without bound: `views` `[2, 1, X, Y, Z]`, `crop_to_volume` `[2, 3, 4]`, `mask` `[2, x, y, z]`."""
+        """Any number is a sample: `views` `[2, 1, X, Y, Z]`, `crop_to_volume` `[2, 3, 4]`, `mask` `[2, x, y, z]`."""
         rng = np.random.default_rng((self.seed, index))
         volume = np.load(self.files[rng.integers(len(self.files))], mmap_mode="r")
         starts = sample_starts(rng, volume.shape, self.crop_size, self.overlap)

@@ -56,18 +56,20 @@ def volumes(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(*arguments, ranks: int = 1, launcher: list[str] | None = None, cwd: Path = ROOT, check: bool = True):
+def launch(
+    *arguments,
+    ranks: int = 1,
+    launcher: list | None = None,
+    script: Path = ROOT / "train_cva.py",
+    cwd: Path = ROOT,
+    check: bool = True,
+) -> subprocess.CompletedProcess:
     """Run train_cva.py in its own processes: plain python for one rank, torchrun for more."""
-    command = launcher or ([BIN / "torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable])
+    launcher = launcher or ([BIN / "torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable])
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        [*map(str, command), str(ROOT / "train_cva.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=environment | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = [str(part) for part in (*launcher, script, *arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

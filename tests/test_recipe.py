@@ -1,5 +1,7 @@
 """Recipes: all shipped ones are valid, and every mistake gets one line with key and remedy."""
 
+import itertools
+
 import pytest
 from conftest import ROOT, TINY
 
@@ -107,4 +109,4 @@ def test_learning_rate_rises_then_falls():
     assert rates[0] == 0.2
     assert rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(2.0 * 0.5**0.9)
-    assert all(a > b > 0 for a, b in zip(rates[10:], rates[11:]))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[10:]))

@@ -71,7 +71,7 @@ def _check_room(output: Path, checkpoint: int) -> None:
     needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(output / "checkpoints")))
     if free < needed:
         raise ValueError(
-            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps {KEEP} "
-            f"checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; free some or choose "
+            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps "
+            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; free some or choose "
             "another folder"
         )

@@ -1,6 +1,6 @@
 """Checkpoints that are complete or do not count.
 
-A checkpoint is written to `tmp-step_N`, closed with `meta.json`, and renamed to `step_N`; only then are old ones removed.
+A checkpoint is written to `tmp-step_N`, closed with `meta.json`, and renamed to `step_N`; then old ones are removed.
 """
 
 import json
@@ -32,8 +32,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, meta: dic
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 1e9
         raise OSError(
-            f"checkpoint {final} could not be written ({str(error).splitlines()[0][:120]}; {free:.1f} GB free on the disk); "
-            "earlier checkpoints are untouched, go on from them with --resume auto"
+            f"checkpoint {final} could not be written ({str(error).splitlines()[0][:120]}; {free:.1f} GB free on the "
+            "disk); earlier checkpoints are untouched, go on from them with --resume auto"
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

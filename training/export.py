@@ -60,7 +60,11 @@ def model_card(
     last: dict[str, float],
 ) -> str:
     """The text of the model card, from what is known of the run."""
-    name = {"primus": "Primus", "resenc": "ResEnc"}[config.model_type]
+    name, paper = {
+        "primus": ("Primus", "Primus, arXiv 2503.01835"),
+        "resenc": ("ResEnc", "nnU-Net ResEnc, arXiv 2404.09556"),
+    }[config.model_type]
+    seen = f"{volumes} volume{'s' if volumes != 1 else ''}"
     size = tuple(config.image_size)
     steps = config.preprocessing
     millions = sum(w.numel() for w in weights.values()) / 1e6
@@ -104,8 +108,8 @@ In this order:
 
 ## Training
 
-Recipe `{recipe["name"]}`, {step} of {recipe["train"]["steps"]} steps, {recipe["train"]["batch_size"]} volumes a step, drawn
-from {volumes} volume{"s" if volumes != 1 else ""}. The weights are the student's. Losses reached:
+Recipe `{recipe["name"]}`, {step} of {recipe["train"]["steps"]} steps of {recipe["train"]["batch_size"]} volumes, drawn
+from {seen}. The weights are the student's. Losses reached:
 
 | term | value |
 |---|---|
@@ -113,9 +117,9 @@ from {volumes} volume{"s" if volumes != 1 else ""}. The weights are the student'
 
 ## Limits
 
-For research. Not a medical device. Features are only as general as the {volumes} volume{"s" if volumes != 1 else ""} seen.
+For research. Not a medical device. Features are only as general as the {seen} it was trained on.
 
 ## Citation
 
-Consistent View Alignment, arXiv 2509.13846; {"Primus, arXiv 2503.01835" if name == "Primus" else "ResEnc, arXiv 2404.09556"}.
+Consistent View Alignment, arXiv 2509.13846; {paper}.
 """

@@ -1,4 +1,4 @@
-"""What a running job tells: metrics.jsonl, trackers and a progress bar, with one device synchronisation a logged step."""
+"""What a running job tells: metrics.jsonl, trackers and a progress bar; one device synchronisation a logged step."""
 
 import json
 import math

@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 
 from data.views import shared_box, to_crop
 
+GREY = plt.get_cmap("gray").with_extremes(bad="#31506e")  # hidden voxels are blue
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))  # name and the axis it cuts, for RAS volumes
 
 
@@ -65,7 +66,7 @@ def draw_views(views: torch.Tensor, affines: torch.Tensor, path: Path) -> None:
                 cell,
                 view.numpy(),
                 axis,
-                int(round((first[axis] + last[axis]) / 2)),
+                round(float(first[axis] + last[axis]) / 2),
                 float(views.min()),
                 float(views.max()),
             )
@@ -81,10 +82,6 @@ def _show(cell: plt.Axes, volume: np.ndarray, axis: int, index: int, low: float,
     plane = np.take(volume, index, axis=axis)
     cell.imshow(np.ma.masked_invalid(plane.T), cmap=GREY, origin="lower", vmin=low, vmax=high, interpolation="nearest")
     cell.set_axis_off()
-
-
-GREY = plt.get_cmap("gray").copy()
-GREY.set_bad("#31506e")  # hidden voxels
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -1,6 +1,7 @@
 """The recipe: every number that defines an experiment, read from YAML, typed and checked before anything starts."""
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -174,6 +175,8 @@ class Recipe(Section):
             )
         if self.views.overlap[0] > self.views.overlap[1] or self.views.overlap[0] == 0:
             raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0 < low <= high")
+        if self.train.batch_size == 1 and self.loss.contrastive_weight > 0:
+            warnings.warn("train.batch_size=1 leaves the contrastive term without negatives: it stays 0", stacklevel=2)
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}"

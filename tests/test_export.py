@@ -1,0 +1,105 @@
+"""The headline command, whole, and its encoder in a clean process elsewhere."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BIN, config, launch, model_state
+from matplotlib.image import imread
+from safetensors.torch import load_file
+
+from models import PrimusModel
+from training.metrics import read_metrics
+
+CLEAN = """
+import sys, numpy, torch
+from transformers import AutoModel
+torch.set_num_threads(1)
+encoder = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    features = encoder(torch.from_numpy(numpy.load("crop.npy"))).last_hidden_state
+numpy.save("features.npy", features.numpy())
+ours = {"models", "training", "losses", "data", "einops", "nibabel", "joblib", "deepspeed"} & set(sys.modules)
+assert not ours, ours
+"""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The README's first command, as it stands."""
+    output = tmp_path_factory.mktemp("demo") / "run"
+    done = launch("--config", config("zero2"), "--output", output, launcher=[BIN / "accelerate", "launch"])
+    return output, done.stdout
+
+
+def test_the_demo_learns(demo):
+    output, said = demo
+    assert said.startswith("This is the demo")
+    assert "--data FOLDER" in said
+    assert "DeepSpeed ZeRO-2, 1 rank" in said
+    records = read_metrics(output / "metrics.jsonl")
+    first, last = records[:10], records[-10:]
+    for key, factor in (("reconstruction", 0.5), ("consistency", 0.5)):
+        assert np.mean([r[key] for r in last]) < factor * np.mean([r[key] for r in first])
+    assert all(r["feature_std"] > 0.3 for r in records)  # no collapse
+
+
+def test_the_pictures_are_drawn(demo):
+    for name in ("losses", "reconstruction", "views"):
+        picture = imread(demo[0] / "report" / f"{name}.png")
+        assert min(picture.shape[:2]) > 300
+        assert picture[..., :3].std() > 0.05
+
+
+def test_the_encoder_folder_is_the_student(demo):
+    encoder = load_file(demo[0] / "encoder" / "model.safetensors")
+    module = model_state(demo[0] / "checkpoints" / "step_120")
+    prefix = "student.features.encoder."
+    assert set(encoder) == {key.removeprefix(prefix) for key in module if key.startswith(prefix)}
+    assert all(torch.equal(encoder[key], module[prefix + key]) for key in encoder)
+
+
+def test_features_are_bit_identical_in_a_clean_process(demo, tmp_path):
+    folder = demo[0] / "encoder"
+    crop = np.random.default_rng(0).normal(size=(2, 1, 48, 48, 48)).astype(np.float32)
+    np.save(tmp_path / "crop.npy", crop)
+    (tmp_path / "clean.py").write_text(CLEAN)
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-I", "clean.py", folder], cwd=tmp_path, env=environment, check=True)
+
+    encoder = PrimusModel.from_pretrained(folder).eval()
+    module = model_state(demo[0] / "checkpoints" / "step_120")
+    prefix = "student.features.encoder."
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in module.items() if k.startswith(prefix)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        expected = encoder(torch.from_numpy(crop)).last_hidden_state.numpy()
+    torch.set_num_threads(threads)
+    assert np.array_equal(np.load(tmp_path / "features.npy"), expected)
+
+
+def test_the_folder_says_how_to_prepare_a_volume(demo):
+    settings = json.loads((demo[0] / "encoder" / "config.json").read_text())
+    wanted = {"orientation": "RAS", "spacing": [1.0, 1.0, 1.0], "crop_size": [48, 48, 48]}
+    assert wanted.items() <= settings["preprocessing"].items()
+    assert "z-score" in settings["preprocessing"]["normalisation"]
+    card = (demo[0] / "encoder" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "48 x 48 x 48" in card
+
+
+def test_the_code_in_the_folder_needs_torch_and_transformers_only(demo):
+    for path in (demo[0] / "encoder").glob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+        assert imported <= {"torch", "transformers", "math"}, path

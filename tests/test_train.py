@@ -1,0 +1,235 @@
+"""train_cva.py as a user runs it: the command line, real processes, real kills."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import BIN, ROOT, TINY, blobs, config, launch, model_state, save_nifti
+from safetensors.torch import load_file
+
+import train_cva
+from training.metrics import read_metrics
+from training.recipe import load_recipe
+
+DEMO = ROOT / "recipes" / "demo.yaml"
+
+
+def run_here(*arguments):
+    train_cva.main(train_cva.parse_arguments([str(a) for a in arguments]))
+
+
+def losses(output):
+    keys = ("step", "loss", "reconstruction", "consistency", "contrastive", "grad_norm", "learning_rate")
+    return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, volumes):
+    """Uninterrupted runs: ZeRO-2 on two ranks and plain on one."""
+    folder = tmp_path_factory.mktemp("runs")
+    launch("--config", config("zero2"), "--data", volumes, "--output", folder / "zero2", *TINY, ranks=2)
+    launch("--config", config("ddp"), "--data", volumes, "--output", folder / "ddp", *TINY)
+    return folder
+
+
+def test_what_a_run_leaves_behind(runs):
+    for name in ("zero2", "ddp"):
+        output = runs / name
+        assert load_recipe(output / "recipe.yaml") == load_recipe(DEMO, TINY)
+        records = read_metrics(output / "metrics.jsonl")
+        assert [r["step"] for r in records] == [1, 2, 3, 4]
+        wanted = {
+            "loss",
+            "reconstruction",
+            "consistency",
+            "contrastive",
+            "seconds",
+            "contrastive_accuracy",
+            "data_wait",
+        }
+        assert wanted | {"feature_std", "feature_variance", "learning_rate", "grad_norm"} <= records[0].keys()
+        assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_2", "step_4"]
+        assert {p.name for p in (output / "report").iterdir()} == {"losses.png", "reconstruction.png", "views.png"}
+        assert list((output / "logs").rglob("events.out.tfevents*"))
+        assert {"config.json", "model.safetensors", "README.md", "modeling_primus.py"} <= {
+            p.name for p in (output / "encoder").iterdir()
+        }
+
+
+FSDP_ON_CPU = """
+from accelerate import DistributedType, PartialState
+PartialState(cpu=True)  # Accelerate offers FSDP to GPUs only; these two lines let a test have it on a CPU
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+import train_cva
+train_cva.main(train_cva.parse_arguments())
+"""
+
+
+def test_all_engines_agree(tmp_path, volumes):
+    """Same losses, gradient norms and exported encoder, to float tolerance, whatever holds the shards."""
+    numbers = [*TINY, "model.drop_path_rate=0", "train.steps=2"]  # drop-path is drawn by each rank
+    (tmp_path / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
+    for name, ranks in (("ddp", 2), ("zero2", 1), ("zero3", 2), ("fsdp2", 2)):
+        script = tmp_path / "fsdp_on_cpu.py" if name == "fsdp2" else ROOT / "train_cva.py"
+        arguments = ["--config", config(name), "--data", volumes, "--output", tmp_path / name, *numbers]
+        launch(*arguments, ranks=ranks, script=script)
+    expected = torch.tensor(losses(tmp_path / "ddp"))
+    weights = load_file(tmp_path / "ddp" / "encoder" / "model.safetensors")
+    for name in ("zero2", "zero3", "fsdp2"):
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / name)), expected, rtol=2e-5, atol=1e-6)
+        other = load_file(tmp_path / name / "encoder" / "model.safetensors")
+        assert other.keys() == weights.keys()
+        for key in weights:
+            torch.testing.assert_close(other[key], weights[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("ddp", 1)])
+def test_two_and_two_steps_equal_four(runs, volumes, tmp_path, name, ranks):
+    output = tmp_path / "run"
+    shutil.copytree(runs / name, output)
+    shutil.rmtree(output / "checkpoints" / "step_4")
+    shutil.rmtree(output / "encoder")
+    (output / "checkpoints" / "tmp-step_4").mkdir()  # as a kill would leave it
+    done = launch(
+        "--config", config(name), "--data", volumes, "--output", output, "--resume", "auto", *TINY, ranks=ranks
+    )
+    assert "tmp-step_4 is incomplete and is ignored" in done.stderr
+    assert losses(output) == losses(runs / name)
+    resumed, whole = (model_state(folder / "checkpoints" / "step_4") for folder in (output, runs / name))
+    assert resumed.keys() == whole.keys()
+    teacher = [key for key in whole if key.startswith("teacher.")]
+    assert teacher
+    for key in whole:
+        assert torch.equal(resumed[key], whole[key]), key
+    student = "student.features.encoder.patch_embed.weight"
+    assert not torch.equal(whole[student], whole[student.replace("student", "teacher")])
+
+
+def test_a_killed_run_goes_on(runs, volumes, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["--config", config("ddp"), "--data", volumes, "--output", output, *TINY]
+    process = subprocess.Popen([sys.executable, ROOT / "train_cva.py", *map(str, arguments)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step_2").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / "checkpoints" / "step_4").exists()
+    launch(*arguments, "--resume", "auto")
+    assert losses(output) == losses(runs / "ddp")
+    resumed, whole = (model_state(folder / "checkpoints" / "step_4") for folder in (output, runs / "ddp"))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("ddp", 1)])
+def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name, ranks):
+    """One plain SGD step moves the weights by exactly learning rate x clip norm."""
+    numbers = [*TINY, "train.steps=1", "train.warmup_steps=0", "train.clip_norm=3.0"]
+    numbers += ["optimizer={name: sgd, learning_rate: 0.01, weight_decay: 0.0, momentum: 0.0}"]
+    launch("--config", config(name), "--data", volumes, "--output", tmp_path / "run", *numbers, ranks=ranks)
+    before = train_cva.build_model(load_recipe(DEMO, numbers)).state_dict()
+    after = model_state(tmp_path / "run" / "checkpoints" / "step_1")
+    moved = sum((after[k] - before[k]).double().square().sum() for k in before if not k.startswith("teacher.")) ** 0.5
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["grad_norm"] > 4
+    assert moved.item() == pytest.approx(0.01 * 3.0, rel=1e-3)
+
+
+def test_resenc_trains_in_bf16(volumes, tmp_path):
+    numbers = ["model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"]
+    numbers += [n for n in TINY if not n.startswith("model.")] + [
+        "mask.block=16",
+        "train.precision=bf16",
+        "train.steps=2",
+    ]
+    launch("--config", config("zero2"), "--data", volumes, "--output", tmp_path / "run", *numbers)
+    assert (tmp_path / "run" / "encoder" / "modeling_resenc.py").exists()
+    assert {t.dtype for t in model_state(tmp_path / "run" / "checkpoints" / "step_2").values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "ds_configs/zero9.json"], r"zero9\.json: No such file .*ds_configs/"),
+        (["--config", config("zero2"), "--data", "/no/such/folder"], "no such folder"),
+        (["--config", config("zero2"), "--recipe", "nothing.yaml"], "recipes/"),
+        (["--config", config("zero2"), "train.stepz=3"], "did you mean steps"),
+    ],
+)
+def test_mistakes_stop_before_anything_starts(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_here(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_at_the_command_line(tmp_path):
+    done = launch("--config", config("zero2"), "train.stepz=3", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "train_cva.py: train.stepz: no such key in a recipe; did you mean steps?\n"
+
+
+def test_deepspeed_that_did_not_start_is_said(tmp_path):
+    done = launch("--config", config("zero2"), *TINY, cwd=tmp_path, check=False,
+                  launcher=[BIN / "accelerate", "launch", "--cpu"])  # fmt: skip
+    assert done.returncode != 0
+    assert "zero2.json asks for DeepSpeed but Accelerate started" in done.stderr
+
+
+def test_an_output_folder_is_never_mixed(runs, volumes):
+    before = (runs / "ddp" / "metrics.jsonl").read_bytes()
+    common = ["--config", config("ddp"), "--data", volumes, "--output", runs / "ddp", *TINY]
+    with pytest.raises(ValueError, match="add --resume auto to go on"):
+        run_here(*common)
+    with pytest.raises(ValueError, match=r"belongs to another recipe \(seed is 0 there and 1 here\)"):
+        run_here(*common, "--resume", "auto", "seed=1")
+    assert (runs / "ddp" / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_or_ranks_cannot_resume(runs, volumes, tmp_path):
+    shutil.copytree(volumes, tmp_path / "data")
+    save_nifti(tmp_path / "data" / "new.nii", blobs(9))
+    output = tmp_path / "run"
+    shutil.copytree(runs / "zero2", output)
+    common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]
+    done = launch(*common, "--data", tmp_path / "data", ranks=2, check=False)
+    assert "are not those that" in done.stderr
+    done = launch(*common, "--data", volumes, check=False)
+    assert "was written by DeepSpeed ZeRO-2, 2 ranks on cpu, this is DeepSpeed ZeRO-2, 1 rank on cpu" in done.stderr
+    assert losses(output) == losses(runs / "zero2")
+
+
+def test_bad_files_are_named_counted_and_left_out(tmp_path, volumes):
+    shutil.copytree(volumes, tmp_path / "data")
+    save_nifti(tmp_path / "data" / "series.nii.gz", blobs(0)[..., None].repeat(2, axis=-1))
+    save_nifti(tmp_path / "data" / "small.nii.gz", blobs(1, (20, 40, 40)))
+    common = ["--config", config("ddp"), "--data", tmp_path / "data", *TINY, "train.steps=2"]
+    done = launch(*common, "--output", tmp_path / "strict", check=False)
+    assert done.returncode == 2
+    assert "1 of 5 files cannot be used, more than data.max_bad_share=0.05" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = launch(*common, "--output", tmp_path / "run", "data.max_bad_share=0.5")
+    assert "series.nii.gz: shape (40, 44, 36, 2) is a 4D series" in done.stdout
+    assert "data        4 volumes, 1 left out" in done.stdout
+    assert "1 are smaller than the crop and are padded with 0, such as small" in done.stdout
+
+
+def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, volumes):
+    code = (
+        "import shutil, sys, collections; sys.argv[0] = 'train_cva.py'; import train_cva;"
+        "shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')(1000);"
+        "train_cva.main(train_cva.parse_arguments())"
+    )
+    arguments = ["--config", config("ddp"), "--data", volumes, "--output", tmp_path / "run", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "GB free on its disk" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -123,8 +123,9 @@ def say_what_is_default(accelerator: Accelerator, arguments: argparse.Namespace)
     data = "the MNI152 T1 template that nilearn ships"
     if not arguments.data and not arguments.recipe:
         accelerator.print(
-            f"This is the demo: a small Primus on {data}.\nFor your own volumes add --data FOLDER and a recipe, such as "
-            f"--recipe recipes/primus_m.yaml; python {Path(__file__).name} --help shows the commands.\n"
+            f"This is the demo: a small Primus on {data}.\n"
+            "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
+            f"python {Path(__file__).name} --help shows the commands.\n"
         )
     elif not arguments.data:
         accelerator.print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")

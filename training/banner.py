@@ -4,13 +4,12 @@ import math
 import shutil
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, DistributedType
 
 from models import ConsistentViewAlignment
 
 from .checkpoints import KEEP, complete_checkpoints
-from .estimate import step_cost
+from .estimate import step_cost, step_inputs
 from .recipe import Recipe
 from .runtime import describe_engine
 
@@ -26,14 +25,7 @@ def print_banner(accelerator: Accelerator, model: ConsistentViewAlignment, recip
     """
     ranks, batch, crop = accelerator.num_processes, recipe.train.batch_size, recipe.views.crop_size
     views = 2 * batch // ranks
-    grid = [size // recipe.mask.block for size in crop]
-    points = [cells * recipe.views.samples_per_cell for cells in recipe.views.cells]
-    shapes = {
-        "views": ((views, 1, *crop), torch.float32),
-        "mask": ((views, *grid), torch.bool),
-        "points": ((views, *points, 3), torch.float32),
-    }
-    cost = step_cost(model, shapes)
+    cost = step_cost(model, step_inputs(recipe, batch // ranks))
     flops = cost["flops"] * ranks
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -47,7 +39,7 @@ def print_banner(accelerator: Accelerator, model: ConsistentViewAlignment, recip
         (moments, 1),
     )  # weights, gradients, moments: sharded from which stage
     states = sum(4 * size / (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
-    blocks = math.prod(grid)
+    blocks = math.prod(crop) // recipe.mask.block**3
     tokens = "tokens" if recipe.model.architecture == "primus" else "blocks"
     lines = {
         "engine": f"{describe_engine(accelerator)}, {recipe.train.precision}",
@@ -72,6 +64,6 @@ def _check_room(output: Path, checkpoint: int) -> None:
     if free < needed:
         raise ValueError(
             f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps "
-            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; free some or choose "
-            "another folder"
+            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; "
+            "free some or choose another folder"
         )

@@ -6,6 +6,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from .recipe import Recipe
+
+
+def step_inputs(recipe: Recipe, volumes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what the composite is called with, for a batch of `volumes`."""
+    crop, views = recipe.views.crop_size, recipe.views
+    return {
+        "views": ((2 * volumes, 1, *crop), torch.float32),
+        "mask": ((2 * volumes, *(size // recipe.mask.block for size in crop)), torch.bool),
+        "points": ((2 * volumes, *(n * views.samples_per_cell for n in views.cells), 3), torch.float32),
+    }
+
 
 class _Step(nn.Module):
     """Forward and backward as one call, so that recomputation in the backward pass sees the same weights."""

@@ -103,7 +103,7 @@ def describe_engine(accelerator: Accelerator) -> str:
 
 
 def _quiet_deepspeed_on_cpu() -> None:
-    """Without a GPU, DeepSpeed compiles at start a C++ kernel that only inference uses, and stops without a compiler."""
+    """Without a GPU, DeepSpeed compiles a C++ kernel that only inference uses, and stops without a compiler."""
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

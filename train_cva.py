@@ -60,6 +60,7 @@ from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
 from training.banner import print_banner
 from training.checkpoints import newest_checkpoint, save_checkpoint
+from training.estimate import step_cost, step_inputs
 from training.export import export_encoder, model_card, preprocessing
 from training.metrics import Metrics, read_metrics
 from training.pictures import draw_losses, draw_reconstruction, draw_views
@@ -298,6 +299,7 @@ def main(arguments: argparse.Namespace) -> None:
     # model
     model = build_model(recipe)
     per_rank = recipe.train.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    cost = step_cost(model, step_inputs(recipe, per_rank))  # before there is a process group: it communicates nothing
     accelerator = make_accelerator(
         arguments.config,
         output,
@@ -316,7 +318,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     # optimiser
     optimizer = build_optimizer(model, recipe)
-    flops = print_banner(accelerator, model, recipe, output)
+    print_banner(accelerator, model, cost, recipe, output)
     model, optimizer = accelerator.prepare(model, optimizer)
     cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop-path differs between ranks
@@ -347,7 +349,9 @@ def main(arguments: argparse.Namespace) -> None:
     steps, ranks, rank = recipe.train.steps, accelerator.num_processes, accelerator.process_index
     batches = RankBatches(first_step, steps, recipe.train.batch_size, rank, ranks)
     loader = iter(make_loader(stream, batches, recipe.data.workers, pin_memory=accelerator.device.type == "cuda"))
-    metrics = Metrics(accelerator, output / "metrics.jsonl", first_step, steps, recipe.train.batch_size, flops)
+    metrics = Metrics(
+        accelerator, output / "metrics.jsonl", first_step, steps, recipe.train.batch_size, cost["flops"] * ranks
+    )
     model.train()
     for step in range(first_step, steps):
         asked = time.perf_counter()

@@ -65,6 +65,7 @@ from accelerate import DistributedType, PartialState
 PartialState(cpu=True)  # Accelerate offers FSDP to GPUs only; these two lines let a test have it on a CPU
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 import train_cva
+train_cva.step_cost = lambda *_: {"flops": 0, "activation_bytes": 0}  # is counted without the group made above
 train_cva.main(train_cva.parse_arguments())
 """
 

@@ -9,24 +9,24 @@ from accelerate import Accelerator, DistributedType
 from models import ConsistentViewAlignment
 
 from .checkpoints import KEEP, complete_checkpoints
-from .estimate import step_cost, step_inputs
 from .recipe import Recipe
 from .runtime import describe_engine
 
 
-def print_banner(accelerator: Accelerator, model: ConsistentViewAlignment, recipe: Recipe, output: Path) -> float:
-    """Print the derived numbers; returns the floating point operations of a step over all ranks.
+def print_banner(
+    accelerator: Accelerator, model: ConsistentViewAlignment, cost: dict[str, float], recipe: Recipe, output: Path
+) -> None:
+    """Print the derived numbers.
 
     Args:
-        model: on the CPU, not yet wrapped.
+        model: not yet wrapped.
+        cost: of one rank's share of a step (`step_cost`).
 
     Raises:
         ValueError: if the disk has no room for the checkpoints.
     """
     ranks, batch, crop = accelerator.num_processes, recipe.train.batch_size, recipe.views.crop_size
     views = 2 * batch // ranks
-    cost = step_cost(model, step_inputs(recipe, batch // ranks))
-    flops = cost["flops"] * ranks
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
@@ -48,14 +48,13 @@ def print_banner(accelerator: Accelerator, model: ConsistentViewAlignment, recip
         f"trained, teacher {teacher / 1e6:.1f} M",
         "step": f"{batch} volumes = {2 * batch} views of {crop[0]} x {crop[1]} x {crop[2]}, {views} a rank; "
         f"{blocks} {tokens} a view, {int(recipe.mask.ratio * blocks)} of them masked",
-        "cost": f"{flops / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
+        "cost": f"{cost['flops'] * ranks / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
         "memory": f"about {(states + cost['activation_bytes']) / 1e9:.2f} GB a rank: weights, gradients and optimiser "
         f"{states / 1e9:.2f}, activations {cost['activation_bytes'] / 1e9:.2f}",
     }
     for key, value in lines.items():
         accelerator.print(f"{key:<11} {value}")
     _check_room(output, 4 * (trained + teacher + moments))
-    return flops
 
 
 def _check_room(output: Path, checkpoint: int) -> None:

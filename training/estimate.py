@@ -34,7 +34,7 @@ def step_cost(model: nn.Module, inputs: dict[str, tuple[tuple[int, ...], torch.d
     """Floating point operations and memory of one forward and backward pass; nothing is computed or allocated.
 
     Args:
-        model: on the CPU, not yet wrapped; its forward returns a dict with `loss`.
+        model: on the CPU, not yet wrapped, without a process group; its forward returns a dict with `loss`.
         inputs: shape and dtype of each argument of its forward.
 
     Returns:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -54,7 +55,7 @@ class Metrics:
         record = {"step": step, **dict(zip(keys, means))}
         record |= {
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
+            "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
             "seconds": seconds,
             "volumes_per_second": self.volumes / seconds,
             "data_wait": self.waited / elapsed,

@@ -54,7 +54,6 @@ from data.demo import demo_volume
 from data.nifti import find_volumes
 from data.prepared import prepare_volumes
 from data.stream import RankBatches, SampleStream, make_loader, stack_views
-from data.views import alignment_points
 from losses.consistency import cosine_consistency
 from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
@@ -120,18 +119,20 @@ def check_output(output: Path, recipe: Recipe, resume: bool) -> Path:
     return output
 
 
-def say_what_is_default(accelerator: Accelerator, arguments: argparse.Namespace) -> None:
+def say_what_is_default(arguments: argparse.Namespace) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     data = "the MNI152 T1 template that nilearn ships"
     if not arguments.data and not arguments.recipe:
-        accelerator.print(
+        print(
             f"This is the demo: a small Primus on {data}.\n"
             "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
             f"python {Path(__file__).name} --help shows the commands.\n"
         )
     elif not arguments.data:
-        accelerator.print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
+        print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
     elif not arguments.recipe:
-        accelerator.print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
+        print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
 
 
 def prepare_data(accelerator: Accelerator, arguments: argparse.Namespace, recipe: Recipe, output: Path) -> list[Path]:
@@ -185,9 +186,15 @@ def build_model(recipe: Recipe) -> ConsistentViewAlignment:
     )
 
 
-def build_stream(files: list[Path], recipe: Recipe) -> SampleStream:
-    views, mask = recipe.views, recipe.mask
-    return SampleStream(files, recipe.seed, views.crop_size, views.overlap, views.mirror, mask.block, mask.ratio)
+def build_stream(files: list[Path], recipe: Recipe, feature_stride: tuple[int, ...]) -> SampleStream:
+    return SampleStream(
+        files,
+        recipe.seed,
+        **recipe.views.model_dump(),
+        mask_block=recipe.mask.block,
+        mask_ratio=recipe.mask.ratio,
+        feature_stride=feature_stride,
+    )
 
 
 def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.optim.Optimizer:
@@ -238,8 +245,7 @@ def publish(
     batch = {key: value.to(accelerator.device) for key, value in batch.items()}
     model.eval()
     with torch.no_grad():
-        points = points_to_compare(batch["crop_to_volume"], recipe, cva.student.features.stride)
-        outputs = model(batch["views"], batch["mask"], points, return_outputs=True)
+        outputs = model(batch["views"], batch["mask"], batch["points"], return_outputs=True)
     model.train()
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -284,17 +290,13 @@ def current_commit() -> str | None:
 # --------------------------------------------------------------------------- the run
 
 
-def points_to_compare(affines: torch.Tensor, recipe: Recipe, feature_stride: tuple[int, ...]) -> torch.Tensor:
-    views = recipe.views
-    return alignment_points(affines, views.crop_size, views.cells, views.samples_per_cell, feature_stride)
-
-
 def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
     output = choose_output(arguments, recipe)
     if arguments.data:
         find_volumes(arguments.data)  # before anything heavy starts
+    say_what_is_default(arguments)
 
     # model
     model = build_model(recipe)
@@ -308,13 +310,11 @@ def main(arguments: argparse.Namespace) -> None:
         wrap=model._no_split_modules,
         tracker="wandb" if arguments.wandb else "tensorboard",
     )
-    say_what_is_default(accelerator, arguments)
-
     # data
     output.mkdir(parents=True, exist_ok=True)
     files = prepare_data(accelerator, arguments, recipe, output)
     fingerprint = hashlib.sha256("\n".join(f.stem.rsplit("-", 1)[0] for f in files).encode()).hexdigest()[:16]
-    stream = build_stream(files, recipe)
+    stream = build_stream(files, recipe, model.student.features.stride)
 
     # optimiser
     optimizer = build_optimizer(model, recipe)
@@ -363,8 +363,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        points = points_to_compare(batch["crop_to_volume"], recipe, cva.student.features.stride)
-        losses = model(batch["views"], batch["mask"], points)
+        losses = model(batch["views"], batch["mask"], batch["points"])
         accelerator.backward(losses["loss"])  # under DeepSpeed this clips and steps as well
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
@@ -401,6 +400,8 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not raised_here(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(
+            error, OSError
+        ):  # the other ranks say the same, but for files
             print(f"train_cva.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .views import crop_to_volume, cut, sample_starts
+from .views import alignment_points, crop_to_volume, cut, sample_starts
 
 
 class SampleStream(Dataset):
-    """Pairs of views with their masks. Volumes are drawn uniformly with replacement.
+    """Pairs of views, their masks and the points at which to compare them. Volumes are drawn with replacement.
 
     Args:
         files: prepared volumes (`prepare_volumes`).
@@ -23,6 +23,7 @@ class SampleStream(Dataset):
         mirror: probability of reversing each axis, for both views together.
         mask_block: edge of a masked block in voxels.
         mask_ratio: share of blocks hidden, exactly `int(ratio * blocks)` in each crop.
+        cells, samples_per_cell, feature_stride: see `alignment_points`.
     """
 
     def __init__(
@@ -34,6 +35,9 @@ class SampleStream(Dataset):
         mirror: float,
         mask_block: int,
         mask_ratio: float,
+        cells: tuple[int, ...],
+        samples_per_cell: int,
+        feature_stride: tuple[int, ...],
     ):
         self.files = files
         self.seed = seed
@@ -42,20 +46,26 @@ class SampleStream(Dataset):
         self.mirror = mirror
         self.mask_grid = tuple(size // mask_block for size in crop_size)
         self.mask_ratio = mask_ratio
+        self.points = {"cells": cells, "samples_per_cell": samples_per_cell, "feature_stride": feature_stride}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Any number is a sample: `views` `[2, 1, X, Y, Z]`, `crop_to_volume` `[2, 3, 4]`, `mask` `[2, x, y, z]`."""
+        """Any number is a sample.
+
+        Returns:
+            `views` `[2, 1, X, Y, Z]`, `mask` `[2, x, y, z]`, `points` `[2, p, q, r, 3]`, `crop_to_volume` `[2, 3, 4]`.
+        """
         rng = np.random.default_rng((self.seed, index))
         volume = np.load(self.files[rng.integers(len(self.files))], mmap_mode="r")
         starts = sample_starts(rng, volume.shape, self.crop_size, self.overlap)
         mirror = rng.random(3) < self.mirror
         views = np.stack([cut(volume, start, self.crop_size, mirror) for start in starts])
-        affines = np.stack([crop_to_volume(start, self.crop_size, mirror) for start in starts])
+        affines = torch.from_numpy(np.stack([crop_to_volume(start, self.crop_size, mirror) for start in starts]))
         masks = np.stack([self._mask(rng) for _ in starts])
         return {
             "views": torch.from_numpy(views)[:, None],
-            "crop_to_volume": torch.from_numpy(affines),
             "mask": torch.from_numpy(masks),
+            "points": alignment_points(affines, self.crop_size, **self.points),
+            "crop_to_volume": affines,
         }
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:

@@ -20,9 +20,8 @@ def sample_cells(
     Returns:
         `[B, C, cells...]`, float32.
     """
-    size = torch.tensor(crop_size, device=points.device, dtype=points.dtype)
-    grid = (points + 0.5) / size * 2 - 1
-    grid = grid.flip(-1)  # grid_sample counts axes from the last one
+    axes = [(points[..., axis] + 0.5) * (2 / crop_size[axis]) - 1 for axis in (2, 1, 0)]  # grid_sample wants Z first
+    grid = torch.stack(axes, dim=-1)
     with torch.autocast(features.device.type, enabled=False):
         sampled = F.grid_sample(features.float(), grid.float(), padding_mode="border", align_corners=False)
         return F.avg_pool3d(sampled, samples_per_cell)

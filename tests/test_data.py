@@ -121,10 +121,14 @@ def test_demo_volume_is_the_mni_template():
     assert read(demo_volume()).shape == (145, 181, 155)
 
 
+def make_stream(files, seed):
+    return SampleStream(files, seed, (32, 16, 24), (0.4, 0.8), 0.5, 8, 0.75, (3, 2, 2), 2, (8, 8, 8))
+
+
 @pytest.fixture
 def stream(volumes, tmp_path):
     files, _ = prepare_volumes(find_volumes(volumes), tmp_path, workers=1, **PREPARED)
-    return SampleStream(files, 7, (32, 16, 24), (0.4, 0.8), 0.5, 8, 0.75)
+    return make_stream(files, 7)
 
 
 def same(a, b):
@@ -134,7 +138,7 @@ def same(a, b):
 def test_sample_is_a_function_of_seed_and_number(stream):
     assert same(stream[5], stream[5])
     assert not same(stream[5], stream[6])
-    other = SampleStream(stream.files, 8, (32, 16, 24), (0.4, 0.8), 0.5, 8, 0.75)
+    other = make_stream(stream.files, 8)
     assert not same(stream[5], other[5])
 
 

@@ -26,7 +26,9 @@ class Metrics:
         )
         if accelerator.is_main_process:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            shortened = path.with_name(f".{path.name}")
+            shortened.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            shortened.replace(path)
         self._start_interval()
 
     def _start_interval(self) -> None:

@@ -177,6 +177,12 @@ class Recipe(Section):
             raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0 < low <= high")
         if self.train.batch_size == 1 and self.loss.contrastive_weight > 0:
             warnings.warn("train.batch_size=1 leaves the contrastive term without negatives: it stays 0", stacklevel=2)
+        if self.train.checkpoint_every % self.train.log_every:
+            better = -(-self.train.checkpoint_every // self.train.log_every) * self.train.log_every
+            raise ValueError(
+                f"train.checkpoint_every={self.train.checkpoint_every} is not a multiple of "
+                f"train.log_every={self.train.log_every}: set train.checkpoint_every={better}"
+            )
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}"

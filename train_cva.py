@@ -34,7 +34,6 @@ OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures)
 
 import argparse
 import hashlib
-import itertools
 import os
 import platform
 import subprocess
@@ -42,6 +41,7 @@ import sys
 import time
 import traceback
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import accelerate
@@ -62,8 +62,9 @@ from training.checkpoints import newest_checkpoint, save_checkpoint
 from training.estimate import step_cost, step_inputs
 from training.export import export_encoder, model_card, preprocessing
 from training.metrics import Metrics, read_metrics
+from training.output import choose_output
 from training.pictures import draw_losses, draw_reconstruction, draw_views
-from training.recipe import Recipe, differences, flatten, load_recipe
+from training.recipe import Recipe, flatten, load_recipe
 from training.runtime import describe_engine, make_accelerator
 from training.schedules import learning_rate
 
@@ -90,33 +91,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 # --------------------------------------------------------------------------- setup
-
-
-def choose_output(arguments: argparse.Namespace, recipe: Recipe) -> Path:
-    """The folder of this run. Raises ValueError rather than mix two runs."""
-    if arguments.output is None:
-        names = (f"{recipe.name}-{n}" if n > 1 else recipe.name for n in itertools.count(1))
-        taken = list(itertools.takewhile(Path.exists, (Path("runs") / name for name in names)))
-        if arguments.resume and taken:
-            return check_output(taken[-1], recipe, resume=True)
-        return Path("runs") / (f"{recipe.name}-{len(taken) + 1}" if taken else recipe.name)
-    return check_output(arguments.output, recipe, bool(arguments.resume))
-
-
-def check_output(output: Path, recipe: Recipe, resume: bool) -> Path:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: name a folder")
-    saved = output / "recipe.yaml"
-    if not saved.exists():
-        if (output / "checkpoints").exists() or (output / "metrics.jsonl").exists():
-            raise ValueError(f"--output {output} holds a run without recipe.yaml: choose another folder")
-        return output
-    if other := differences(recipe, saved):
-        shown = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
-        raise ValueError(f"--output {output} belongs to another recipe ({shown}): choose another folder")
-    if not resume:
-        raise ValueError(f"--output {output} holds a run of this recipe: add --resume auto to go on, or choose another")
-    return output
 
 
 def say_what_is_default(arguments: argparse.Namespace) -> None:
@@ -293,9 +267,11 @@ def current_commit() -> str | None:
 def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
-    output = choose_output(arguments, recipe)
+    output = choose_output(arguments.output, recipe, resume=bool(arguments.resume))
     if arguments.data:
         find_volumes(arguments.data)  # before anything heavy starts
+    if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
+        raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
     say_what_is_default(arguments)
 
     # model
@@ -310,6 +286,7 @@ def main(arguments: argparse.Namespace) -> None:
         wrap=model._no_split_modules,
         tracker="wandb" if arguments.wandb else "tensorboard",
     )
+
     # data
     output.mkdir(parents=True, exist_ok=True)
     files = prepare_data(accelerator, arguments, recipe, output)

@@ -161,6 +161,7 @@ def test_resenc_trains_in_bf16(volumes, tmp_path):
         (["--config", config("zero2"), "--data", "/no/such/folder"], "no such folder"),
         (["--config", config("zero2"), "--recipe", "nothing.yaml"], "recipes/"),
         (["--config", config("zero2"), "train.stepz=3"], "did you mean steps"),
+        (["--config", config("zero2"), "--wandb"], "pip install wandb"),
     ],
 )
 def test_mistakes_stop_before_anything_starts(arguments, message, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures)
 """
 
 import argparse
+import errno
 import hashlib
 import os
 import platform
@@ -45,10 +46,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import accelerate
+import joblib
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list
 
 from data.demo import demo_volume
 from data.nifti import find_volumes
@@ -65,7 +66,7 @@ from training.metrics import Metrics, read_metrics
 from training.output import choose_output
 from training.pictures import draw_losses, draw_reconstruction, draw_views
 from training.recipe import Recipe, flatten, load_recipe
-from training.runtime import describe_engine, make_accelerator
+from training.runtime import describe_engine, from_main_rank, make_accelerator, read_config
 from training.schedules import learning_rate
 
 HERE = Path(__file__).resolve().parent
@@ -109,30 +110,29 @@ def say_what_is_default(arguments: argparse.Namespace) -> None:
         print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
 
 
-def prepare_data(accelerator: Accelerator, arguments: argparse.Namespace, recipe: Recipe, output: Path) -> list[Path]:
-    """Prepared volumes, the same list on every rank. Raises ValueError if too many files cannot be used."""
+def prepare_data(arguments: argparse.Namespace, recipe: Recipe, output: Path) -> tuple[list[Path], str]:
+    """Prepared volumes, and a fingerprint of the files that they come from.
+
+    Raises:
+        ValueError: if too many files cannot be used.
+    """
     paths = find_volumes(arguments.data) if arguments.data else [demo_volume()]
-    found: list = [None]
-    if accelerator.is_main_process:
-        folder = arguments.prepared or output / "prepared"
-        workers = min(8, os.cpu_count() or 1)
-        found = [prepare_volumes(paths, folder, recipe.data.orientation, recipe.data.spacing, workers)]
-    files, bad = broadcast_object_list(found)[0]
+    folder, numbers = arguments.prepared or output / "prepared", recipe.data
+    files, bad = prepare_volumes(paths, folder, numbers.orientation, numbers.spacing, joblib.cpu_count())
     for path, reason in bad:
-        accelerator.print(f"left out    {path}: {reason}")
-    if len(bad) > recipe.data.max_bad_share * len(paths) or not files:
+        print(f"left out    {path}: {reason}")
+    if len(bad) > numbers.max_bad_share * len(paths) or not files:
         raise ValueError(
-            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share="
-            f"{recipe.data.max_bad_share:g}: mend or remove the files listed above, or raise data.max_bad_share"
+            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share={numbers.max_bad_share:g}: "
+            "mend or remove the files listed above, or raise data.max_bad_share"
         )
-    crop = recipe.views.crop_size
-    small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < crop)]
-    accelerator.print(f"data        {len(files)} volume{'s' if len(files) > 1 else ''}, {len(bad)} left out")
+    small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < recipe.views.crop_size)]
+    print(f"data        {len(files)} volume{'s' if len(files) > 1 else ''}, {len(bad)} left out")
     if small:
-        accelerator.print(
-            f"small       {len(small)} are smaller than the crop and are padded with 0, such as {small[0].name}"
-        )
-    return files
+        print(f"small       {len(small)} are smaller than the crop and are padded with 0, such as {small[0].name}")
+    used = sorted(set(paths) - {path for path, _ in bad})
+    facts = [f"{path.relative_to(arguments.data or path.parent)} {path.stat().st_size}" for path in used]
+    return files, hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 def build_model(recipe: Recipe) -> ConsistentViewAlignment:
@@ -257,7 +257,10 @@ def print_ending(accelerator: Accelerator, output: Path) -> None:
 
 
 def current_commit() -> str | None:
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
     return git.stdout.strip() or None
 
 
@@ -267,9 +270,10 @@ def current_commit() -> str | None:
 def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
+    settings = read_config(arguments.config)
     output = choose_output(arguments.output, recipe, resume=bool(arguments.resume))
-    if arguments.data:
-        find_volumes(arguments.data)  # before anything heavy starts
+    if arguments.data and os.environ.get("RANK", "0") == "0":
+        find_volumes(arguments.data)  # fails before anything heavy starts
     if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
         raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
     say_what_is_default(arguments)
@@ -280,6 +284,7 @@ def main(arguments: argparse.Namespace) -> None:
     cost = step_cost(model, step_inputs(recipe, per_rank))  # before there is a process group: it communicates nothing
     accelerator = make_accelerator(
         arguments.config,
+        settings,
         output,
         per_rank,
         recipe.train.clip_norm,
@@ -288,9 +293,10 @@ def main(arguments: argparse.Namespace) -> None:
     )
 
     # data
+    output = from_main_rank(accelerator, lambda: output)  # a free folder may look different to a late rank
     output.mkdir(parents=True, exist_ok=True)
-    files = prepare_data(accelerator, arguments, recipe, output)
-    fingerprint = hashlib.sha256("\n".join(f.stem.rsplit("-", 1)[0] for f in files).encode()).hexdigest()[:16]
+    accelerator.project_configuration.logging_dir = str(output / "logs")
+    files, fingerprint = from_main_rank(accelerator, lambda: prepare_data(arguments, recipe, output))
     stream = build_stream(files, recipe, model.student.features.stride)
 
     # optimiser
@@ -365,20 +371,22 @@ def main(arguments: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def raised_here(error: BaseException) -> bool:
-    """Whether this project raised an error itself: then its message is for the user, otherwise it is a bug."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).resolve().is_relative_to(HERE)
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether an error is this project's own word, or a disk's; anything else is a bug and shows where it came from."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    ours = place.is_relative_to(HERE) and "site-packages" not in place.parts
+    return ours or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+    )
 
 
 if __name__ == "__main__":
     try:
         main(parse_arguments())
     except (ValueError, OSError, FloatingPointError) as error:
-        if not isinstance(error, OSError) and not raised_here(error):
+        if not is_for_the_user(error):
             raise
-        if os.environ.get("RANK", "0") == "0" or isinstance(
-            error, OSError
-        ):  # the other ranks say the same, but for files
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
             print(f"train_cva.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,7 +24,9 @@ from training.recipe import Recipe, load_recipe
 
 def measure(recipe: Recipe, device: torch.device, steps: int) -> dict[str, float]:
     model = build_model(recipe)
-    cost = step_cost(model, step_inputs(recipe, recipe.train.batch_size))
+    plain = recipe.train.model_copy(update={"gradient_checkpointing": False})  # recomputed operations do not count
+    counted = build_model(recipe.model_copy(update={"train": plain}))
+    cost = step_cost(counted, step_inputs(recipe, recipe.train.batch_size))
     model.to(device).train()
     optimizer = build_optimizer(model, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import zoom
 
+PLAUSIBLE_SPACING = (0.01, 50.0)  # mm; beyond, the header is wrong or in another unit
 ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
 
 
@@ -44,7 +45,7 @@ def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float
     """
     try:
         image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # nibabel, gzip and zlib each fail in their own way
         raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
@@ -60,8 +61,11 @@ def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float
             )
         )
         volume = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:  # a truncated or corrupt file fails in zlib, gzip, numpy or nibabel, each in its own way
+    except Exception as error:
         raise BadVolume(f"its voxels cannot be read; truncated or corrupt? ({_first_line(error)})") from error
+    old_spacing = nib.affines.voxel_sizes(image.affine)  # not the header's zooms: the two can disagree
+    if not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in old_spacing):
+        raise BadVolume(f"its voxel size {old_spacing.tolist()} is not a size in mm; mend the header")
     if not np.isfinite(volume).all():
         raise BadVolume(f"{int((~np.isfinite(volume)).sum())} voxels are NaN or infinite")
     box = _nonzero_box(volume)
@@ -70,7 +74,7 @@ def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float
     if std < 1e-8:
         raise BadVolume("all voxels are the same")
     volume = (volume - np.float32(volume.mean(dtype=np.float64))) / np.float32(std)
-    return np.ascontiguousarray(_resample(volume, np.asarray(image.header.get_zooms()[:3], float), np.asarray(spacing)))
+    return np.ascontiguousarray(_resample(volume, old_spacing, np.asarray(spacing)))
 
 
 def _nonzero_box(volume: np.ndarray) -> tuple[slice, ...] | None:

@@ -20,7 +20,6 @@ def prepare_volumes(
     orientation: str,
     spacing: tuple[float, float, float],
     workers: int,
-    progress: bool = True,
 ) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Prepare each volume into `folder`, unless it is there already; several processes may share the folder.
 
@@ -33,8 +32,8 @@ def prepare_volumes(
     folder.mkdir(parents=True, exist_ok=True)
     job = partial(_prepare, folder=folder, orientation=orientation, spacing=tuple(spacing))
     results = Parallel(n_jobs=min(workers, len(paths)), return_as="generator")(delayed(job)(path) for path in paths)
-    quiet = not progress or len(paths) < 8
-    results = list(tqdm(results, total=len(paths), desc="preparing volumes", unit="file", disable=quiet))
+    bar = tqdm(results, total=len(paths), desc="preparing volumes", unit="file", disable=len(paths) < 8)
+    results = list(bar)
     good = [file for file, _ in results if file is not None]
     bad = [(path, reason) for path, (_, reason) in zip(paths, results) if reason is not None]
     return good, bad

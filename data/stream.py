@@ -107,6 +107,6 @@ def make_loader(stream: SampleStream, batches: RankBatches, workers: int, pin_me
         collate_fn=stack_views,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the model's generator
     )

@@ -5,8 +5,15 @@ else - the shared region, the points compared, the pictures - follows from that 
 voxel `i` is centred at `i`, and `n` voxels span `[-0.5, n - 0.5]`.
 """
 
+import math
+
 import numpy as np
 import torch
+
+
+def least_shared(crop_size: int) -> int:
+    """The fewest voxels of an axis that two views share: 0.4 of the crop, rounded up to an even number."""
+    return 2 * math.ceil(0.2 * crop_size)
 
 
 def sample_starts(
@@ -21,9 +28,9 @@ def sample_starts(
     """
     volume, crop = np.asarray(volume_size), np.asarray(crop_size)
     fraction = rng.uniform(*overlap) ** rng.dirichlet((1.0, 1.0, 1.0))
-    least = np.maximum(0.4 * crop, 2 * crop - np.maximum(volume, crop))
-    shared = np.clip(2 * np.round(crop * fraction / 2), 2 * np.ceil(least / 2), crop).astype(int)
-    shared = np.minimum(shared, crop)
+    forced = 2 * crop - np.maximum(volume, crop)
+    least = np.maximum([least_shared(size) for size in crop_size], 2 * np.ceil(forced / 2))
+    shared = np.minimum(np.maximum(2 * np.round(crop * fraction / 2), least), crop).astype(int)
     shift = crop - shared
     low = rng.integers(0, np.maximum(volume - crop - shift, 0) + 1)
     low = np.where(volume < crop, -((crop - volume) // 2), low)

@@ -11,11 +11,12 @@ from .configuration_primus import PRIMUS_SIZES, PrimusConfig
 from .configuration_resenc import ResEncConfig
 from .cva import ConsistentViewAlignment
 from .masked_primus import MaskedPrimus
-from .masked_resenc import MaskedResEnc
+from .masked_resenc import DENSE_STRIDE, MaskedResEnc
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
 
 __all__ = [
+    "DENSE_STRIDE",
     "PRIMUS_SIZES",
     "ConsistentViewAlignment",
     "PrimusConfig",

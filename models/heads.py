@@ -22,10 +22,30 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return F.batch_norm(rows, None, None, training=True, eps=self.eps)
+        return _BatchNormOverRanks.apply(rows, self.eps)
+
+
+class _BatchNormOverRanks(torch.autograd.Function):
+    """Keeps the rows in their own precision for the backward pass, as one rank's batch norm does."""
+
+    @staticmethod
+    def forward(ctx, rows, eps):
         var, mean = torch.var_mean(rows.float(), dim=0, correction=0)
         vars_, means = gather_with_gradient(torch.stack((var, mean))).unbind(1)  # each [ranks, C]
-        mean, var = means.mean(0), vars_.mean(0) + means.var(0, correction=0)
-        return ((rows - mean) * torch.rsqrt(var + self.eps)).to(rows.dtype)
+        mean = means.mean(0)
+        scale = torch.rsqrt(vars_.mean(0) + means.var(0, correction=0) + eps)
+        ctx.save_for_backward(rows, mean, scale)
+        return ((rows - mean) * scale).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, mean, scale = ctx.saved_tensors
+        gradient = gradient.float()
+        normed = (rows - mean) * scale
+        sums = torch.stack((gradient.mean(0), (gradient * normed).mean(0)))
+        dist.all_reduce(sums)
+        along_mean, along_normed = sums / dist.get_world_size()
+        return ((gradient - along_mean - normed * along_normed) * scale).to(rows.dtype), None
 
 
 def projector(in_size: int, hidden_size: int, out_size: int) -> nn.Sequential:

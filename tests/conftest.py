@@ -13,6 +13,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
+CLEAN = """
+import sys, numpy, torch
+from transformers import AutoModel
+torch.set_num_threads(1)
+encoder = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    features = encoder(torch.from_numpy(numpy.load("crop.npy"))).last_hidden_state
+numpy.save("features.npy", features.numpy())
+ours = {"models", "training", "losses", "data", "einops", "nibabel", "joblib", "deepspeed"} & set(sys.modules)
+assert not ours, ours
+"""
+
 TINY = [
     "views.crop_size=[32,32,32]",
     "views.cells=[3,3,3]",
@@ -85,3 +97,22 @@ def model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
         return load_file(checkpoint / "model.safetensors")
     return torch.load(checkpoint / "pytorch_model" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+
+
+def assert_same_features_in_a_clean_process(folder, model_class, module, crop_size, tmp_path):
+    """The encoder in `folder`, loaded elsewhere without this project, against the weights that the run holds."""
+    crop = np.random.default_rng(0).normal(size=(2, 1, *crop_size)).astype(np.float32)
+    np.save(tmp_path / "crop.npy", crop)
+    (tmp_path / "clean.py").write_text(CLEAN)
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-I", "clean.py", folder], cwd=tmp_path, env=environment, check=True)
+
+    prefix = "student.features.encoder."
+    encoder = model_class(model_class.config_class.from_pretrained(folder)).eval()
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in module.items() if k.startswith(prefix)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        expected = encoder(torch.from_numpy(crop)).last_hidden_state.numpy()
+    torch.set_num_threads(threads)
+    assert np.array_equal(np.load(tmp_path / "features.npy"), expected)

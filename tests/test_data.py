@@ -34,7 +34,12 @@ def bad_files(folder):
     (folder / "text.nii").write_text("no image at all")
     (folder / "empty.nii.gz").write_bytes(b"")
     whole.unlink()
+    (folder / "corrupt.nii.gz").write_bytes(packed[:12] + bytes(200) + packed[212:])
+    header = nib.Nifti1Image(good, np.diag([1e3, 1e3, 1e3, 1.0]))
+    nib.save(header, folder / "micrometres.nii.gz")
     return {
+        folder / "corrupt.nii.gz": "not a readable NIfTI",
+        folder / "micrometres.nii.gz": "not a size in mm",
         folder / "truncated.nii.gz": "truncated",
         folder / "text.nii": "not a readable NIfTI",
         folder / "empty.nii.gz": "not a readable NIfTI",
@@ -87,6 +92,14 @@ def test_orientation_does_not_depend_on_how_a_file_is_stored(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "ras.nii"), read(tmp_path / "other.nii"))
     left = read_volume(tmp_path / "ras.nii", "LAS", (1.0, 1.0, 1.0))
     np.testing.assert_array_equal(left, read(tmp_path / "ras.nii")[::-1])
+
+
+def test_the_voxel_size_is_the_affines(tmp_path):
+    """Header zooms and affine can disagree; how a file is stored must not decide which one counts."""
+    image = nib.Nifti1Image(blobs(5, (20, 24, 28)), np.diag([2.0, 2.0, 2.0, 1.0]))
+    image.header["pixdim"][1:4] = 1.0
+    nib.save(image, tmp_path / "v.nii")
+    assert read(tmp_path / "v.nii").shape == (40, 48, 56)
 
 
 def test_normalised_over_the_nonzero_box(tmp_path):

@@ -2,31 +2,16 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, config, launch, model_state
+from conftest import BIN, assert_same_features_in_a_clean_process, config, launch, model_state
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from models import PrimusModel
 from training.metrics import read_metrics
-
-CLEAN = """
-import sys, numpy, torch
-from transformers import AutoModel
-torch.set_num_threads(1)
-encoder = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-with torch.no_grad():
-    features = encoder(torch.from_numpy(numpy.load("crop.npy"))).last_hidden_state
-numpy.save("features.npy", features.numpy())
-ours = {"models", "training", "losses", "data", "einops", "nibabel", "joblib", "deepspeed"} & set(sys.modules)
-assert not ours, ours
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +50,8 @@ def test_the_encoder_folder_is_the_student(demo):
 
 
 def test_features_are_bit_identical_in_a_clean_process(demo, tmp_path):
-    folder = demo[0] / "encoder"
-    crop = np.random.default_rng(0).normal(size=(2, 1, 48, 48, 48)).astype(np.float32)
-    np.save(tmp_path / "crop.npy", crop)
-    (tmp_path / "clean.py").write_text(CLEAN)
-    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-I", "clean.py", folder], cwd=tmp_path, env=environment, check=True)
-
-    encoder = PrimusModel.from_pretrained(folder).eval()
     module = model_state(demo[0] / "checkpoints" / "step_120")
-    prefix = "student.features.encoder."
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in module.items() if k.startswith(prefix)})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        expected = encoder(torch.from_numpy(crop)).last_hidden_state.numpy()
-    torch.set_num_threads(threads)
-    assert np.array_equal(np.load(tmp_path / "features.npy"), expected)
+    assert_same_features_in_a_clean_process(demo[0] / "encoder", PrimusModel, module, (48, 48, 48), tmp_path)
 
 
 def test_the_folder_says_how_to_prepare_a_volume(demo):
@@ -90,6 +60,7 @@ def test_the_folder_says_how_to_prepare_a_volume(demo):
     assert wanted.items() <= settings["preprocessing"].items()
     assert "z-score" in settings["preprocessing"]["normalisation"]
     card = (demo[0] / "encoder" / "README.md").read_text()
+    assert (demo[0] / "encoder" / "LICENSE").exists()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "48 x 48 x 48" in card
 

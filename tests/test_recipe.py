@@ -66,6 +66,9 @@ def test_overrides():
         (["model.architecture=vit"], r"model"),
         (["loss.consistency=gram"], r"loss\.consistency: .*cosine"),
         (["data.orientation=XYZ"], r"data\.orientation"),
+        (["views.crop_size=[16,16,16]"], r"views\.crop_size=\[16, 16, 16\] is too small .*use 24 or more"),
+        (["views.crop_size=[1,2"], r"views\.crop_size: cannot read the value"),
+        (["optimizer.betas=[1,1]"], r"optimizer\.betas"),
         (["steps"], r"key\.subkey=value"),
         (["name.x=1"], r"name\.x: no such section"),
     ],
@@ -79,6 +82,13 @@ def test_mistakes_name_the_key(overrides, message):
 def test_resenc_crop_must_fit_its_stride():
     with pytest.raises(ValueError, match=r"total stride \(32\): set views\.crop_size=\[96,128,128\]"):
         load_recipe(RESENC, ["views.crop_size=[100,128,128]"])
+
+
+def test_resenc_stages():
+    with pytest.raises(ValueError, match="must begin with 1"):
+        load_recipe(RESENC, ["model.strides=[2,2,2,2,2,2]"])
+    with pytest.raises(ValueError, match="at least twice the encoder's total stride 32"):
+        load_recipe(RESENC, ["views.crop_size=[128,32,128]"])
 
 
 def test_batch_must_divide_over_the_ranks():

@@ -8,11 +8,23 @@ import time
 
 import pytest
 import torch
-from conftest import BIN, ROOT, TINY, blobs, config, launch, model_state, save_nifti
+from conftest import (
+    BIN,
+    ROOT,
+    TINY,
+    assert_same_features_in_a_clean_process,
+    blobs,
+    config,
+    launch,
+    model_state,
+    save_nifti,
+)
 from safetensors.torch import load_file
 
 import train_cva
+from models import ResEncModel
 from training.metrics import read_metrics
+from training.output import choose_output
 from training.recipe import load_recipe
 
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -70,22 +82,35 @@ train_cva.main(train_cva.parse_arguments())
 """
 
 
-def test_all_engines_agree(tmp_path, volumes):
+def test_all_engines_agree_and_resume(tmp_path, volumes):
     """Same losses, gradient norms and exported encoder, to float tolerance, whatever holds the shards."""
-    numbers = [*TINY, "model.drop_path_rate=0", "train.steps=2"]  # drop-path is drawn by each rank
+    numbers = [*TINY, "model.drop_path_rate=0", "train.steps=2", "train.checkpoint_every=1"]  # ranks draw drop-path
     (tmp_path / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
-    for name, ranks in (("ddp", 2), ("zero2", 1), ("zero3", 2), ("fsdp2", 2)):
+
+    def run(name, *more):
         script = tmp_path / "fsdp_on_cpu.py" if name == "fsdp2" else ROOT / "train_cva.py"
-        arguments = ["--config", config(name), "--data", volumes, "--output", tmp_path / name, *numbers]
-        launch(*arguments, ranks=ranks, script=script)
+        launcher = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"] if name == "zero2" else None
+        arguments = ["--config", config(name), "--data", volumes, "--output", tmp_path / name, *numbers, *more]
+        return launch(*arguments, ranks=2, script=script, launcher=launcher)
+
+    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        run(name)
     expected = torch.tensor(losses(tmp_path / "ddp"))
     weights = load_file(tmp_path / "ddp" / "encoder" / "model.safetensors")
-    for name in ("zero2", "zero3", "fsdp2"):
+    for name in ("zero1", "zero2", "zero3", "fsdp2"):
         torch.testing.assert_close(torch.tensor(losses(tmp_path / name)), expected, rtol=2e-5, atol=1e-6)
         other = load_file(tmp_path / name / "encoder" / "model.safetensors")
         assert other.keys() == weights.keys()
         for key in weights:
             torch.testing.assert_close(other[key], weights[key], rtol=0, atol=1e-4)
+
+    for name in ("zero3", "fsdp2"):
+        before, encoder = losses(tmp_path / name), load_file(tmp_path / name / "encoder" / "model.safetensors")
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step_2")
+        run(name, "--resume", "auto")
+        assert losses(tmp_path / name) == before
+        again = load_file(tmp_path / name / "encoder" / "model.safetensors")
+        assert all(torch.equal(again[key], encoder[key]) for key in encoder)
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("ddp", 1)])
@@ -147,8 +172,9 @@ def test_resenc_trains_in_bf16(volumes, tmp_path):
         "train.steps=2",
     ]
     launch("--config", config("zero2"), "--data", volumes, "--output", tmp_path / "run", *numbers)
-    assert (tmp_path / "run" / "encoder" / "modeling_resenc.py").exists()
-    assert {t.dtype for t in model_state(tmp_path / "run" / "checkpoints" / "step_2").values()} == {torch.float32}
+    module = model_state(tmp_path / "run" / "checkpoints" / "step_2")
+    assert {t.dtype for t in module.values()} == {torch.float32}
+    assert_same_features_in_a_clean_process(tmp_path / "run" / "encoder", ResEncModel, module, (32, 32, 32), tmp_path)
 
 
 # ------------------------------------------------------------------ mistakes
@@ -162,13 +188,15 @@ def test_resenc_trains_in_bf16(volumes, tmp_path):
         (["--config", config("zero2"), "--recipe", "nothing.yaml"], "recipes/"),
         (["--config", config("zero2"), "train.stepz=3"], "did you mean steps"),
         (["--config", config("zero2"), "--wandb"], "pip install wandb"),
+        (["--config", "wrong.json"], "unexpected keyword argument 'brodcast_buffers'"),
     ],
 )
 def test_mistakes_stop_before_anything_starts(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.json").write_text('{"ddp": {"brodcast_buffers": false}}')
     with pytest.raises(ValueError, match=message):
         run_here(*arguments)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["wrong.json"]
 
 
 def test_a_mistake_is_one_line_at_the_command_line(tmp_path):
@@ -195,9 +223,30 @@ def test_an_output_folder_is_never_mixed(runs, volumes):
     assert (runs / "ddp" / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path):
+    load_recipe(DEMO, ["seed=5"]).save(tmp_path / "recipe.yaml")
+    assert choose_output(tmp_path, load_recipe(DEMO), resume=False) == tmp_path
+
+
+def test_output_is_the_first_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(DEMO)
+    for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
+        output = choose_output(None, recipe, resume=False)
+        assert str(output) == expected
+        (output / "checkpoints").mkdir(parents=True)
+        recipe.save(output / "recipe.yaml")
+    assert str(choose_output(None, recipe, resume=True)) == "runs/demo-3"
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train_cva.current_commit() is None
+
+
 def test_other_data_or_ranks_cannot_resume(runs, volumes, tmp_path):
     shutil.copytree(volumes, tmp_path / "data")
-    save_nifti(tmp_path / "data" / "new.nii", blobs(9))
+    save_nifti(tmp_path / "data" / "a.nii", blobs(9, (41, 44, 36)))  # same name, other volume
     output = tmp_path / "run"
     shutil.copytree(runs / "zero2", output)
     common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]

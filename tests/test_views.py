@@ -90,8 +90,7 @@ def test_paired_cells_are_the_same_place(crop_size, volume_size, stride):
         cells = sample_cells(dense, points, crop_size, 2)
         assert cells.shape == (2, 3, 7, 5, 3)
         difference = (cells[0] - cells[1]).abs()
-        assert difference.mean(dim=(1, 2, 3)).max() < 0.05
-        assert difference.max() < 1.0
+        assert difference.max() < 1e-3  # voxels
         # and they are the places that they claim to be, spread over the shared region
         low, high = shared_box(affines, crop_size, (stride / 2,) * 3)
         for axis, count in enumerate((7, 5, 3)):

@@ -30,8 +30,9 @@ def print_banner(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
-    moments = {"adamw": 2, "sgd": 1}[recipe.optimizer.name] * trained
     plugin = accelerator.state.deepspeed_plugin
+    copies = {"adamw": 2, "sgd": 1}[recipe.optimizer.name] + (1 if plugin else 0)  # DeepSpeed keeps its own weights
+    moments = copies * trained
     stage = plugin.zero_stage if plugin else 3 if accelerator.distributed_type == DistributedType.FSDP else 0
     parts = (
         (trained + teacher, 3),

@@ -1,6 +1,5 @@
 """Write the encoder so that anyone can load it: configuration, weights, code and model card in one folder."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"  # of the code that goes with the weights
 
 
 def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple[int, ...]) -> dict:
@@ -41,14 +42,24 @@ def export_encoder(
     with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
         encoder = model_class(config)
     encoder.load_state_dict(weights)
-    temporary = folder.with_name(f"tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"old-{folder.name}")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     logging.disable_progress_bar()
-    encoder.save_pretrained(temporary)
+    try:
+        encoder.save_pretrained(temporary)
+        ModelCard(card).save(temporary / "README.md")
+        shutil.copy(LICENSE, temporary)
+    except Exception as error:  # safetensors and OSError tell of a full disk in different classes
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"the encoder could not be written to {folder} ({error}); --resume auto writes it again"
+        ) from error
     logging.enable_progress_bar()
-    ModelCard(card).save(temporary / "README.md")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(
@@ -71,7 +82,7 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["medical-imaging", "3d", "self-supervised", "mri", config.model_type],
+        tags=["medical-imaging", "3d", "self-supervised", config.model_type],
     )
     losses = "\n".join(
         f"| {k} | {last[k]:.4f} |" for k in ("reconstruction", "consistency", "contrastive") if k in last
@@ -115,9 +126,11 @@ from {seen}. The weights are the student's. Losses reached:
 |---|---|
 {losses}
 
-## Limits
+## Limits and licence
 
 For research. Not a medical device. Features are only as general as the {seen} it was trained on.
+
+The Python files are Apache-2.0 (LICENSE). The licence of the weights is for their author to state, as their data allow.
 
 ## Citation
 

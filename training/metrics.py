@@ -44,8 +44,8 @@ class Metrics:
         self.waited += waited
         self.bar.update()
 
-    def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor) -> dict[str, float]:
-        """Write the record of the steps up to `step` and return it.
+    def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
+        """Write the record of the steps up to `step`.
 
         Raises:
             FloatingPointError: if the loss is not finite, on all ranks alike.
@@ -63,6 +63,10 @@ class Metrics:
             "data_wait": self.waited / elapsed,
             "tflops": self.flops / seconds / 1e12,
         }
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"the loss is {record['loss']} at step {step}: lower optimizer.learning_rate, or train in fp32"
+            )
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -71,12 +75,7 @@ class Metrics:
                 f"loss {record['loss']:.3f} lr {learning_rate:.1e} {seconds:.2f} s/step "
                 f"{record['volumes_per_second']:.1f} vol/s data {100 * record['data_wait']:.0f}%"
             )
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {step}: lower optimizer.learning_rate, or train in fp32"
-            )
         self._start_interval()
-        return record
 
     def pause(self) -> None:
         """Leave the time since the last log (checkpoints, pictures) out of the next record."""

@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+from .metrics import read_metrics
 from .recipe import Recipe, differences
 
 
@@ -29,6 +30,8 @@ def _check(output: Path, recipe: Recipe, resume: bool) -> Path:
         if (output / "checkpoints").exists() or (output / "metrics.jsonl").exists():
             raise ValueError(f"--output {output} holds a run without recipe.yaml: choose another folder")
         return output
+    if not (output / "checkpoints").exists() and not read_metrics(output / "metrics.jsonl"):
+        return output  # a start that came to nothing
     if other := differences(recipe, saved):
         shown = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
         raise ValueError(f"--output {output} belongs to another recipe ({shown}): choose another folder")

@@ -1,6 +1,7 @@
 """The recipe: every number that defines an experiment, read from YAML, typed and checked before anything starts."""
 
 import difflib
+import math
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,9 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from models import PRIMUS_SIZES
+from data.views import least_shared
+from models import DENSE_STRIDE, PRIMUS_SIZES
 
 Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -47,7 +50,7 @@ class Primus(Section):
     num_hidden_layers: PositiveInt | None = None
     num_attention_heads: PositiveInt | None = None
     patch_size: PositiveInt  # voxels a token and axis
-    drop_path_rate: Share
+    drop_path_rate: BelowOne
     decoder_layers: PositiveInt  # of each of the two decoders that exist in pretraining only
     feature_decoder_heads: PositiveInt
 
@@ -87,6 +90,8 @@ class ResEnc(Section):
     def _stages(self):
         if not len(self.hidden_sizes) == len(self.strides) == len(self.depths) >= 2:
             raise ValueError("hidden_sizes, strides and depths must have one entry a stage, two stages at least")
+        if self.strides[0] != 1:
+            raise ValueError(f"strides={self.strides} must begin with 1: the decoder ends at the first stage")
         return self
 
     def encoder_arguments(self) -> dict[str, Any]:
@@ -117,14 +122,14 @@ class AdamW(Section):
     name: Literal["adamw"]
     learning_rate: PositiveFloat
     weight_decay: Weight
-    betas: tuple[Share, Share]
+    betas: tuple[BelowOne, BelowOne]
 
 
 class SGD(Section):
     name: Literal["sgd"]
     learning_rate: PositiveFloat
     weight_decay: Weight
-    momentum: Share  # Nesterov
+    momentum: BelowOne  # Nesterov
 
 
 class Train(Section):
@@ -163,11 +168,20 @@ class Recipe(Section):
             if block != token:
                 raise ValueError(f"mask.block={block} must equal model.patch_size={token}: Primus hides whole tokens")
         else:
-            total = 1
-            for stride in self.model.strides:
-                total *= stride
-            _divides("views.crop_size", crop, max(total, 8), "the encoder's total stride")
+            total = math.prod(self.model.strides)
+            _divides("views.crop_size", crop, total, "the encoder's total stride")
+            _divides("views.crop_size", crop, DENSE_STRIDE, "the stride of the dense features")
             _divides("views.crop_size", crop, block, "mask.block")
+            if min(crop) < 2 * total:
+                raise ValueError(
+                    f"views.crop_size={list(crop)} must be at least twice the encoder's total stride {total}"
+                )
+        stride = self.model.patch_size if isinstance(self.model, Primus) else DENSE_STRIDE
+        if any(least_shared(size) <= stride for size in crop):
+            raise ValueError(
+                f"views.crop_size={list(crop)} is too small for dense features of stride {stride}: two views may share "
+                f"{min(map(least_shared, crop))} voxels of an axis; use {3 * stride} or more"
+            )
         blocks = crop[0] * crop[1] * crop[2] // block**3
         if not 0 < int(self.mask.ratio * blocks) < blocks:
             raise ValueError(
@@ -199,7 +213,10 @@ class Recipe(Section):
             )
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        """Write all keys, at once or not at all."""
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        temporary.replace(path)
 
 
 def _divides(key: str, size: tuple[int, ...], unit: int, what: str) -> None:
@@ -234,7 +251,10 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ValueError(f"{key}: no such section in the recipe")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{key}: cannot read the value {value!r}") from None
     try:
         return Recipe.model_validate(numbers)
     except ValidationError as error:
@@ -270,7 +290,11 @@ RUN_ONLY = ("data.workers", "train.log_every", "train.checkpoint_every")  # may 
 
 def differences(recipe: Recipe, path: Path) -> list[str]:
     """The keys in which a saved recipe differs from this one, as `key: theirs there, ours here`."""
-    saved, ours = flatten(yaml.safe_load(path.read_text()) or {}), flatten(recipe.model_dump(mode="json"))
+    try:
+        there = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        raise ValueError(f"{path} is damaged: restore it, or choose another --output") from None
+    saved, ours = flatten(there or {}), flatten(recipe.model_dump(mode="json"))
     keys = [k for k in {**saved, **ours} if k not in RUN_ONLY and saved.get(k) != ours.get(k)]
     return [f"{k} is {saved.get(k)} there and {ours.get(k)} here" for k in keys]
 

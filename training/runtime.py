@@ -4,8 +4,10 @@ import json
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import joblib
 import torch
@@ -16,39 +18,44 @@ PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that 
 
 
 def make_accelerator(
-    config: Path, output: Path, batch_per_rank: int, clip_norm: float, wrap: list[str], tracker: str
+    config: Path, settings: dict, output: Path, batch_per_rank: int, clip_norm: float, wrap: list[str], tracker: str
 ) -> Accelerator:
     """Start the ranks' runtime.
 
     Args:
-        config: a DeepSpeed JSON file, or one whose only key is `ddp` or `fsdp` with that wrapper's arguments.
+        config, settings: a file of ds_configs/ and what `read_config` found in it.
         batch_per_rank, clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
         wrap: names of the module classes that FSDP shards as a unit.
         tracker: "tensorboard" or "wandb".
 
     Raises:
-        ValueError: if the file is not such a file, or asks for something that this launch cannot give.
+        ValueError: if the file asks for something that this launch cannot give.
     """
-    settings = read_config(config)
     _stand_alone()
     plugins = {}
     if "ddp" in settings:
-        plugins["kwargs_handlers"] = [DistributedDataParallelKwargs(**settings["ddp"])]
+        plugins["kwargs_handlers"] = [_build(DistributedDataParallelKwargs, settings["ddp"], config)]
         plugins["cpu"] = not torch.cuda.is_available()  # otherwise Accelerate lets CPU ranks train each on its own
     elif "fsdp" in settings:
-        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=wrap, **settings["fsdp"])
+        given = {**settings["fsdp"], "transformer_cls_names_to_wrap": wrap}
+        plugins["fsdp_plugin"] = _build(FullyShardedDataParallelPlugin, given, config)
     else:
         settings |= {
             "train_micro_batch_size_per_gpu": batch_per_rank,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip_norm,
         }
+        if settings["zero_optimization"].get("stage") == 3:
+            settings["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": 0,  # else the teacher would average stale copies
+                "stage3_gather_16bit_weights_on_model_save": True,  # of any precision, for the export
+            }
         _quiet_deepspeed_on_cpu()
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=settings)
     if not torch.cuda.is_available():  # launchers set one thread a process
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    group = InitProcessGroupKwargs(backend=backend, timeout=PREPARATION_LIMIT)
+    torch.backends.cudnn.benchmark = True  # crops have one size
+    group = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
     accelerator = Accelerator(
         mixed_precision="no",  # the model runs its own autocast, alike under every engine
         log_with=tracker,
@@ -70,6 +77,30 @@ def make_accelerator(
             "accelerate launch --multi_gpu --num_processes N (or torchrun --nproc_per_node N)"
         )
     return accelerator
+
+
+def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
+    # a group of its own: collectives of the training itself must not wait so long for a dead rank
+    patient = torch.distributed.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = compute()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    torch.distributed.broadcast_object_list(found, group=patient)
+    torch.distributed.destroy_process_group(patient)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def _build(kind: type, arguments: dict, config: Path) -> Any:
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"--config {config}: {str(error).split('() ')[-1]}") from None
 
 
 def read_config(path: Path) -> dict:

@@ -17,8 +17,8 @@ from .heads import predictor, projector
 class ConsistentViewAlignment(nn.Module):
     """A masked student learns to rebuild its crop and to agree with an unmasked teacher where two views overlap.
 
-    The teacher is encoder and projector. A Primus student fills in its masked tokens with a small feature decoder before
-    the projector; the teacher sees all tokens and has none, as published.
+    The teacher is encoder and projector. A Primus student fills in its masked tokens with a small feature decoder
+    before the projector; the teacher sees all tokens and has none, as published.
 
     Args:
         student: `MaskedPrimus` or `MaskedResEnc`; its `features` are what the teacher copies.

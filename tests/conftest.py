@@ -12,6 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+GPUS = torch.cuda.device_count()
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # the tests speak of CPU ranks, wherever they run; tests/test_gpu.py asks for more
+)
 
 CLEAN = """
 import sys, numpy, torch
@@ -75,11 +79,16 @@ def launch(
     script: Path = ROOT / "train_cva.py",
     cwd: Path = ROOT,
     check: bool = True,
+    gpus: str = "",
 ) -> subprocess.CompletedProcess:
     """Run train_cva.py in its own processes: plain python for one rank, torchrun for more."""
     launcher = launcher or ([BIN / "torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable])
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": gpus,
+    }
     command = [str(part) for part in (*launcher, script, *arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

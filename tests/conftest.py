@@ -25,7 +25,7 @@ encoder = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 with torch.no_grad():
     features = encoder(torch.from_numpy(numpy.load("crop.npy"))).last_hidden_state
 numpy.save("features.npy", features.numpy())
-ours = {"models", "training", "losses", "data", "einops", "nibabel", "joblib", "deepspeed"} & set(sys.modules)
+ours = {"models", "training", "losses", "data", "einops", "nibabel", "deepspeed"} & set(sys.modules)
 assert not ours, ours
 """
 

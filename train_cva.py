@@ -249,8 +249,9 @@ def print_ending(accelerator: Accelerator, output: Path) -> None:
 
     accelerator.print(f"losses      {change('reconstruction')}, {change('consistency')}, {change('contrastive')}")
     waited = sum(r["data_wait"] for r in records) / len(records)
+    seconds = time.perf_counter() - STARTED
     accelerator.print(
-        f"time        {time.perf_counter() - STARTED:.0f} s, {100 * waited:.0f} % of each step waiting for data"
+        f"time        {seconds:.0f} s after the imports, {100 * waited:.0f} % of each step waiting for data"
     )
     accelerator.print(f"encoder     {output / 'encoder'}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
     accelerator.print(f"pictures    {output / 'report'}")

@@ -15,7 +15,7 @@ class Metrics:
     """Averages the losses of the steps between two logs on the device, and writes one record a log.
 
     Args:
-        path: `metrics.jsonl`; records from `first_step` on are dropped, they are about to be written again.
+        path: `metrics.jsonl`; records after `first_step` are dropped, they are about to be written again.
         flops: floating point operations of one step over all ranks.
     """
 

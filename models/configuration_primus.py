@@ -1,5 +1,7 @@
 """Configuration of the Primus encoder (Wald et al. 2025, arXiv 2503.01835)."""
 
+from math import prod
+
 from transformers import PretrainedConfig
 
 PRIMUS_SIZES = {
@@ -8,13 +10,15 @@ PRIMUS_SIZES = {
     "M": {"hidden_size": 864, "num_hidden_layers": 16, "num_attention_heads": 12},
     "L": {"hidden_size": 1056, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
+MOST_PARAMETERS = 10**10  # a configuration file that asks for more is damaged or hostile
 
 
 class PrimusConfig(PretrainedConfig):
     """What defines a Primus encoder. The defaults are Primus-M on 160^3 crops; `PRIMUS_SIZES` holds S, B, M and L.
 
-    Sizes are in voxels and in (X, Y, Z) order. `preprocessing` says how a volume must be prepared before the encoder
-    sees it: orientation, spacing in mm, normalisation, crop.
+    Sizes are in voxels and in (X, Y, Z) order. `image_size` is the pretraining crop, for which the position embedding
+    is stored; other multiples of `patch_size` can be encoded too. `preprocessing` says how a volume must be prepared
+    before the encoder sees it; preprocessor_config.json beside it does that.
     """
 
     model_type = "primus"
@@ -27,6 +31,7 @@ class PrimusConfig(PretrainedConfig):
         hidden_size=864,
         num_hidden_layers=16,
         num_attention_heads=12,
+        num_register_tokens=0,
         mlp_ratio=8 / 3,
         drop_path_rate=0.0,
         layer_scale_init=0.1,
@@ -37,6 +42,9 @@ class PrimusConfig(PretrainedConfig):
         **kwargs,
     ):
         image_size, patch_size = list(image_size), list(patch_size)
+        sizes = [*image_size, *patch_size, num_channels, hidden_size, num_hidden_layers, num_attention_heads]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError("the sizes, layers and heads of a Primus must be positive integers")
         if len(image_size) != 3 or len(patch_size) != 3 or any(i % p for i, p in zip(image_size, patch_size)):
             raise ValueError(f"image_size {image_size} must be three multiples of patch_size {patch_size}")
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 6:
@@ -44,12 +52,18 @@ class PrimusConfig(PretrainedConfig):
                 f"hidden_size {hidden_size} over {num_attention_heads} heads must give a head size that is a multiple "
                 "of 6: the 3D rotary embedding turns one pair of channels an axis and frequency"
             )
+        layer = (4 + 3 * mlp_ratio) * hidden_size**2
+        tokens = prod(i // p for i, p in zip(image_size, patch_size))
+        parameters = num_hidden_layers * layer + (tokens + num_channels * prod(patch_size)) * hidden_size
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(f"this configuration asks for {parameters:.1e} parameters: damaged, or not for Primus")
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_register_tokens = num_register_tokens
         self.mlp_ratio = mlp_ratio
         self.drop_path_rate = drop_path_rate
         self.layer_scale_init = layer_scale_init
@@ -61,5 +75,10 @@ class PrimusConfig(PretrainedConfig):
 
     @property
     def grid_size(self):
-        """Tokens per axis, (X, Y, Z)."""
+        """Tokens per axis of the pretraining crop, (X, Y, Z)."""
         return tuple(i // p for i, p in zip(self.image_size, self.patch_size))
+
+    @property
+    def stage_names(self):
+        """Names of the feature maps: "stem" (the embedded tokens), then "stage1", ... after each block."""
+        return ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]

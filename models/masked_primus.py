@@ -32,7 +32,7 @@ class PrimusFeatures(nn.Module):
         return (self.attention_pool(tokens).softmax(dim=1) * tokens).sum(dim=1)
 
     def to_map(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B, N, C]` -> feature map `[B, C, x, y, z]`."""
+        """Tokens `[B, N, C]` of a pretraining crop -> feature map `[B, C, x, y, z]`."""
         x, y, z = self.encoder.config.grid_size
         return rearrange(tokens, "b (x y z) c -> b c x y z", x=x, y=y, z=z)
 
@@ -94,8 +94,9 @@ class MaskedPrimus(nn.Module):
         """
         visible_tokens = mask.flatten(1).int().argsort(dim=1, stable=True)[:, : self.visible]
         encoded = self.features.encoder(views, visible_tokens).last_hidden_state
+        grid_size = self.features.encoder.config.grid_size
         tokens = self.mask_token.to(encoded.dtype).expand(views.shape[0], mask[0].numel(), -1)
         tokens = tokens.scatter(1, visible_tokens[..., None].expand_as(encoded), encoded)
-        reconstruction = self.patch_decoder(self.features.to_map(self.decoder(tokens)))
-        dense = self.feature_decoder(tokens)
+        reconstruction = self.patch_decoder(self.features.to_map(self.decoder(tokens, grid_size)))
+        dense = self.feature_decoder(tokens, grid_size)
         return reconstruction, self.features.to_map(dense), self.features.pool(dense)

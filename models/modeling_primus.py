@@ -9,78 +9,97 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_primus import PrimusConfig
+from .modeling_encoder import Encoder, EncoderOutput
 
 
-def rotary_table(grid_size, head_size, theta, device):
-    """Cosines and sines of the axial 3D rotary embedding, each `[tokens, head_size / 2]`, in float32.
+def rotary_turns(grid_size, head_size, theta, like, num_register_tokens=0):
+    """The axial 3D rotary embedding: a cosine and a sine a token and channel pair, `[R + N, head_size / 2, 2]`.
 
     A third of the channel pairs turns with each axis, at `head_size / 6` frequencies from 1 down to 1 / theta.
+    Positions count tokens, so a crop of another size keeps its distances. Register tokens come first and are not
+    turned. float32, or float64 if `like` is; on the device of `like`.
     """
+    dtype = torch.promote_types(like.dtype, torch.float32)
     bands = head_size // 6
-    frequencies = theta ** (-torch.arange(bands, device=device, dtype=torch.float32) / bands)
-    axes = [torch.arange(n, device=device, dtype=torch.float32) for n in grid_size]
+    frequencies = theta ** (-torch.arange(bands, device=like.device, dtype=dtype) / bands)
+    axes = [torch.arange(n, device=like.device, dtype=dtype) for n in grid_size]
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # [x, y, z, 3]
     angles = (positions[..., None] * frequencies).reshape(-1, 3 * bands)
-    return angles.cos(), angles.sin()
+    angles = F.pad(angles, (0, 0, num_register_tokens, 0))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(heads, cos, sin):
-    """Turn neighbouring channel pairs of `[B, heads, tokens, head_size]` by the angles of `rotary_table`."""
-    even, odd = heads[..., 0::2], heads[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+def rotate(heads, turns):
+    """Turn neighbouring channel pairs of `[B, heads, tokens, head_size]` by `rotary_turns`."""
+    pairs = heads.to(turns.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler fuses this, and knows no complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:  # the same in one pass over the memory
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
     return turned.flatten(-2).to(heads.dtype)
 
 
-class DropPath(nn.Module):
-    """Drop the residual branch of whole samples, and scale the others so that the expectation stays (training only)."""
+def eager_attention_forward(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """Attention spelled out: `[B, heads, N, head_size]` -> `[B, N, heads, head_size]` and its weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
+
+class InputNorm(nn.LayerNorm):
+    """LayerNorm whose output is in the precision of autocast: cast once here, not again by each layer that reads it."""
 
     def forward(self, x):
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        x, device = super().forward(x), x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class PrimusAttention(nn.Module):
     """Self-attention with rotary positions, no key bias, and a LayerNorm before the output projection."""
 
-    def __init__(self, hidden_size, num_heads, eps, output_std):
+    is_causal = False
+
+    def __init__(self, config, num_heads, output_std):
         super().__init__()
+        size = config.hidden_size
+        self.config = config
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.scaling = (size // num_heads) ** -0.5
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size)
+        self.norm = InputNorm(size, eps=config.layer_norm_eps)
+        self.proj = nn.Linear(size, size)
         self.proj.init_std = output_std
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, turns):
         q, k, v = (
             p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.proj(self.norm(x.transpose(1, 2).flatten(2)))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        x, _ = attend(self, rotate(q, turns), rotate(k, turns), v, None, scaling=self.scaling, dropout=0.0)
+        return self.proj(self.norm(x.flatten(2)))
 
 
 class PrimusMLP(nn.Module):
     """SwiGLU with a LayerNorm on the hidden layer."""
 
-    def __init__(self, hidden_size, mlp_ratio, eps, output_std):
+    def __init__(self, config, output_std):
         super().__init__()
-        inner = int(hidden_size * mlp_ratio)
-        self.gate = nn.Linear(hidden_size, inner)
-        self.up = nn.Linear(hidden_size, inner)
-        self.norm = nn.LayerNorm(inner, eps=eps)
-        self.down = nn.Linear(inner, hidden_size)
+        size = config.hidden_size
+        inner = int(size * config.mlp_ratio)
+        self.gate = nn.Linear(size, inner)
+        self.up = nn.Linear(size, inner)
+        self.norm = InputNorm(inner, eps=config.layer_norm_eps)
+        self.down = nn.Linear(inner, size)
         self.down.init_std = output_std
 
     def forward(self, x):
@@ -88,54 +107,83 @@ class PrimusMLP(nn.Module):
 
 
 class PrimusBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP, each with LayerScale and DropPath."""
+    """Pre-norm attention and MLP, each with LayerScale and, in training, DropPath."""
 
     def __init__(self, config, num_heads, layer, drop_path):
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_eps
         output_std = config.initializer_range / math.sqrt(2 * (layer + 1))  # deeper layers start smaller, as in BEiT
-        self.norm1 = nn.LayerNorm(size, eps=eps)
-        self.attention = PrimusAttention(size, num_heads, eps, output_std)
+        self.norm1 = InputNorm(size, eps=eps)
+        self.attention = PrimusAttention(config, num_heads, output_std)
         self.scale1 = nn.Parameter(torch.full((size,), config.layer_scale_init))
-        self.norm2 = nn.LayerNorm(size, eps=eps)
-        self.mlp = PrimusMLP(size, config.mlp_ratio, eps, output_std)
+        self.norm2 = InputNorm(size, eps=eps)
+        self.mlp = PrimusMLP(config, output_std)
         self.scale2 = nn.Parameter(torch.full((size,), config.layer_scale_init))
         self.layer_scale_init = config.layer_scale_init
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
-    def forward(self, x, cos, sin):
-        x = x + self.drop_path(self.scale1 * self.attention(self.norm1(x), cos, sin))
-        return x + self.drop_path(self.scale2 * self.mlp(self.norm2(x)))
+    def gate(self, scale, x):
+        """LayerScale `[C]`; in training `[B, 1, C]`: 0 for samples that drop this branch, more for the others."""
+        if not self.training or self.drop_path == 0.0:
+            return scale
+        keep = 1.0 - self.drop_path
+        return scale * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+    def forward(self, x, turns):
+        x = x + self.gate(self.scale1, x) * self.attention(self.norm1(x), turns)
+        return x + self.gate(self.scale2, x) * self.mlp(self.norm2(x))
 
 
 class PrimusTransformer(nn.Module):
     """Position embedding, blocks and final norm: the encoder's trunk, and the shape of the pretraining decoders."""
 
-    def __init__(self, config, num_layers, num_heads, drop_path_rate=0.0):
+    def __init__(self, config, num_layers, num_heads, drop_path_rate=0.0, num_register_tokens=0):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
-        self.position_embedding = nn.Parameter(torch.zeros(1, math.prod(config.grid_size), config.hidden_size))
+        self.num_register_tokens = num_register_tokens
+        size, tokens = config.hidden_size, num_register_tokens + math.prod(config.grid_size)
+        self.position_embedding = nn.Parameter(torch.zeros(1, tokens, size))
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, size)) if num_register_tokens else None
         rates = [drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
         self.blocks = nn.ModuleList(PrimusBlock(config, num_heads, i, rate) for i, rate in enumerate(rates))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
-    def forward(self, tokens, visible_tokens=None, hidden_states=None):
-        """Tokens `[B, N, C]` -> `[B, N, C]`, or `[B, K, C]` where `visible_tokens` `[B, K]` numbers those to keep.
+    def positions(self, grid_size):
+        """The position embedding `[1, R + N, C]` of a grid, trilinearly resized unless it is the pretraining grid."""
+        if tuple(grid_size) == self.config.grid_size:
+            return self.position_embedding
+        registers, tokens = self.position_embedding.tensor_split([self.num_register_tokens], dim=1)
+        tokens = tokens.transpose(1, 2).unflatten(2, self.config.grid_size)
+        tokens = F.interpolate(tokens, size=tuple(grid_size), mode="trilinear", align_corners=False)
+        return torch.cat((registers, tokens.flatten(2).transpose(1, 2)), dim=1)
 
-        What each layer receives is appended to `hidden_states` if a list is given.
+    def forward(self, tokens, grid_size, visible_tokens=None, hidden_states=None, num_layers=None):
+        """Tokens `[B, N, C]` of a grid of `grid_size` -> `[B, N, C]`.
+
+        Args:
+            visible_tokens: `[B, K]`, the numbers of the tokens to keep; the result is `[B, K, C]` then.
+            hidden_states: a list, to which what each layer receives is appended.
+            num_layers: stop after so many layers, without the final norm if these are not all.
         """
-        tokens = tokens + self.position_embedding
+        registers = self.num_register_tokens
+        if registers:
+            tokens = torch.cat((self.register_tokens.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = tokens + self.positions(grid_size)
         head_size = self.config.hidden_size // self.num_heads
-        cos, sin = rotary_table(self.config.grid_size, head_size, self.config.rope_theta, tokens.device)
+        turns = rotary_turns(grid_size, head_size, self.config.rope_theta, tokens, registers)
         if visible_tokens is not None:
-            tokens = tokens.gather(1, visible_tokens[..., None].expand(-1, -1, tokens.shape[-1]))
-            cos, sin = cos[visible_tokens][:, None], sin[visible_tokens][:, None]  # [B, 1, K, head_size / 2]
-        for block in self.blocks:
+            kept = F.pad(visible_tokens + registers, (registers, 0))
+            kept[:, :registers] = torch.arange(registers, device=kept.device)
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
+            turns = turns[kept][:, None]  # [B, 1, R + K, head_size / 2, 2]
+        for block in self.blocks[:num_layers]:
             if hidden_states is not None:
-                hidden_states.append(tokens)
-            tokens = block(tokens, cos, sin)
-        return self.norm(tokens)
+                hidden_states.append(tokens[:, registers:])
+            tokens = block(tokens, turns)
+        if num_layers is None or num_layers == len(self.blocks):
+            tokens = self.norm(tokens)
+        return tokens[:, registers:]
 
 
 def init_primus_weights(module, std=0.02):
@@ -156,9 +204,11 @@ def init_primus_weights(module, std=0.02):
         nn.init.constant_(module.scale2, module.layer_scale_init)
     elif isinstance(module, PrimusTransformer):
         nn.init.trunc_normal_(module.position_embedding, std=std)
+        if module.register_tokens is not None:
+            nn.init.normal_(module.register_tokens, std=1e-6)
 
 
-class PrimusModel(PreTrainedModel):
+class PrimusModel(Encoder):
     """The Primus encoder: crop -> tokens.
 
     Args:
@@ -167,46 +217,70 @@ class PrimusModel(PreTrainedModel):
 
     config_class = PrimusConfig
     base_model_prefix = "primus"
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _no_split_modules = ["PrimusBlock"]
 
     def __init__(self, config):
         super().__init__(config)
         self.patch_embed = nn.Conv3d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.transformer = PrimusTransformer(
-            config, config.num_hidden_layers, config.num_attention_heads, config.drop_path_rate
+            config,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.drop_path_rate,
+            config.num_register_tokens,
         )
         self.post_init()
 
     def _init_weights(self, module):
         init_primus_weights(module, self.config.initializer_range)
 
-    def forward(self, pixel_values, visible_tokens=None, output_hidden_states=False):
-        """Encode crops `[B, C, X, Y, Z]` of the configured `image_size`, prepared as `config.preprocessing` says.
+    def get_input_embeddings(self):
+        return self.patch_embed
+
+    @can_return_tuple
+    def forward(self, pixel_values, visible_tokens=None, output_hidden_states=None, stages=None):
+        """Encode crops `[B, C, X, Y, Z]`, prepared as preprocessor_config.json says.
+
+        The crops have any size that `config.patch_size` divides; for another than `config.image_size` the position
+        embedding is resized. Register tokens, if the encoder has any, are not returned.
 
         Args:
             visible_tokens: `[B, K]` integer, the token numbers to keep (masked pretraining); all tokens if None.
             output_hidden_states: also return what each layer received and the last output.
+            stages: names out of `config.stage_names`; their feature maps are returned by name, and nothing deeper than
+                the deepest of them is computed.
 
         Returns:
-            `last_hidden_state` `[B, N or K, hidden_size]`, `pooler_output` `[B, hidden_size]` (mean of the tokens) and
-            `hidden_states`, a tuple of `num_hidden_layers + 1` such token tensors, or None.
+            `last_hidden_state` `[B, N or K, hidden_size]` and `pooler_output` `[B, hidden_size]`, its mean (both None
+            if `stages` ends before the last); `hidden_states`, a tuple of such token tensors, or None; `feature_maps`,
+            name -> `[B, hidden_size, x, y, z]`, or None.
 
         Raises:
-            ValueError: if the crops are not of `config.image_size`.
+            ValueError: if the channels or the size of the crops do not fit, or a stage does not exist.
         """
-        if list(pixel_values.shape[2:]) != list(self.config.image_size):
-            raise ValueError(
-                f"this encoder takes crops of {tuple(self.config.image_size)} voxels, not "
-                f"{tuple(pixel_values.shape[2:])}: crop or pad the volume first"
-            )
-        hidden_states = [] if output_hidden_states else None
-        tokens = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
-        tokens = self.transformer(tokens, visible_tokens, hidden_states)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens,
-            pooler_output=tokens.mean(dim=1),
-            hidden_states=(*hidden_states, tokens) if output_hidden_states else None,
+        self._check_crop(pixel_values, self.config.patch_size)
+        deepest, names = self._deepest(stages), self.config.stage_names
+        if stages is not None and visible_tokens is not None:
+            raise ValueError("feature maps need all tokens: give either stages or visible_tokens")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        embedded = self.patch_embed(pixel_values)
+        grid_size = embedded.shape[2:]
+        states = [] if output_hidden_states or stages is not None else None
+        tokens = embedded.flatten(2).transpose(1, 2)
+        tokens = self.transformer(tokens, grid_size, visible_tokens, states, deepest)
+        if states is not None:
+            states.append(tokens)
+        ended = deepest == self.config.num_hidden_layers
+        maps = None
+        if stages is not None:
+            maps = {name: states[names.index(name)].transpose(1, 2).unflatten(2, grid_size) for name in stages}
+        return EncoderOutput(
+            last_hidden_state=tokens if ended else None,
+            pooler_output=tokens.mean(dim=1) if ended else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            feature_maps=maps,
         )

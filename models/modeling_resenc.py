@@ -5,13 +5,14 @@ Needs torch and transformers only: this file and its configuration are copied ne
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_resenc import ResEncConfig
+from .modeling_encoder import Encoder, EncoderOutput
 
 
 class ConvNorm(nn.Module):
@@ -28,6 +29,13 @@ class ConvNorm(nn.Module):
         return F.leaky_relu(x, inplace=True) if self.activate else x
 
 
+def average_pool(x, stride):
+    """Mean over cubes of `stride` voxels."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # avg_pool3d has neither there
+        return F.adaptive_avg_pool3d(x, [size // stride for size in x.shape[2:]])
+    return F.avg_pool3d(x, stride)
+
+
 class ResEncBlock(GradientCheckpointingLayer):
     """Two 3^3 convolutions; the skip is average-pooled and, if the channels change, projected (ResNet-D)."""
 
@@ -41,7 +49,7 @@ class ResEncBlock(GradientCheckpointingLayer):
             self.skip = ConvNorm(in_channels, out_channels, 1, bias=False, activate=False, eps=eps)
 
     def forward(self, x):
-        residual = x if self.stride == 1 else F.avg_pool3d(x, self.stride)
+        residual = x if self.stride == 1 else average_pool(x, self.stride)
         residual = residual if self.skip is None else self.skip(residual)
         return F.leaky_relu(self.conv2(self.conv1(x)) + residual, inplace=True)
 
@@ -57,7 +65,7 @@ def init_resenc_weights(module):
         nn.init.zeros_(module.bias)
 
 
-class ResEncModel(PreTrainedModel):
+class ResEncModel(Encoder):
     """The ResEnc encoder: crop -> feature maps, one a stage.
 
     Args:
@@ -66,8 +74,6 @@ class ResEncModel(PreTrainedModel):
 
     config_class = ResEncConfig
     base_model_prefix = "resenc"
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["ResEncBlock"]
 
     def __init__(self, config):
@@ -84,29 +90,39 @@ class ResEncModel(PreTrainedModel):
     def _init_weights(self, module):
         init_resenc_weights(module)
 
-    def forward(self, pixel_values, output_hidden_states=False):
-        """Encode crops `[B, C, X, Y, Z]`, prepared as `config.preprocessing` says.
+    def get_input_embeddings(self):
+        return self.stem.conv
+
+    @can_return_tuple
+    def forward(self, pixel_values, output_hidden_states=None, stages=None):
+        """Encode crops `[B, C, X, Y, Z]`, prepared as preprocessor_config.json says.
+
+        Args:
+            output_hidden_states: also return the feature maps of all stages.
+            stages: names out of `config.stage_names`; their feature maps are returned by name, and nothing deeper than
+                the deepest of them is computed.
 
         Returns:
-            `last_hidden_state` `[B, C, x, y, z]` of the deepest stage, `pooler_output` `[B, C]` (its mean) and
-            `hidden_states`, the feature maps of all stages from fine to coarse, or None.
+            `last_hidden_state` `[B, C, x, y, z]` of the deepest stage and `pooler_output` `[B, C]`, its mean (both None
+            if `stages` ends before it); `hidden_states`, the maps of all stages from fine to coarse, or None;
+            `feature_maps`, name -> `[B, C, x, y, z]`, or None.
 
         Raises:
-            ValueError: if the crop size is not a multiple of the total stride.
+            ValueError: if the channels or the size of the crops do not fit, or a stage does not exist.
         """
-        total = math.prod(self.config.strides)
-        if any(size % total for size in pixel_values.shape[2:]):
-            raise ValueError(
-                f"crops of {tuple(pixel_values.shape[2:])} voxels do not divide by the encoder's stride {total}: "
-                f"crop or pad the volume to multiples of {total}"
-            )
-        x = self.stem(pixel_values)
-        feature_maps = []
-        for stage in self.stages:
-            x = stage(x)
-            feature_maps.append(x)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=x,
-            pooler_output=x.mean(dim=(2, 3, 4)),
-            hidden_states=tuple(feature_maps) if output_hidden_states else None,
+        self._check_crop(pixel_values, (math.prod(self.config.strides),) * 3)
+        deepest = self._deepest(stages)
+        all_stages = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = set(stages or ()) | set(self.config.stage_names if all_stages else ())
+        x, maps = pixel_values, {}
+        for name, layer in zip(self.config.stage_names[: deepest + 1], (self.stem, *self.stages)):
+            x = layer(x)
+            if name in wanted:  # the others are let go: they are the memory of this network
+                maps[name] = x
+        ended = deepest == len(self.stages)
+        return EncoderOutput(
+            last_hidden_state=x if ended else None,
+            pooler_output=x.mean(dim=(2, 3, 4)) if ended else None,
+            hidden_states=tuple(x for name, x in maps.items() if name != "stem") if all_stages else None,
+            feature_maps=None if stages is None else {name: maps[name] for name in stages},
         )

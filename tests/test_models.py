@@ -185,10 +185,3 @@ def test_saved_encoder_comes_back_bit_for_bit(architecture, tmp_path):
     again = type(encoder).from_pretrained(tmp_path).eval()
     views = batch()["views"]
     assert torch.equal(encoder(views).last_hidden_state, again(views).last_hidden_state)
-
-
-def test_wrong_crop_size_says_what_is_right():
-    with pytest.raises(ValueError, match=r"crops of \(32, 16, 48\) voxels, not \(32, 32, 32\)"):
-        tiny_cva().student.features.encoder(torch.zeros(1, 1, 32, 32, 32))
-    with pytest.raises(ValueError, match="multiples of 4"):
-        tiny_cva("resenc").student.features.encoder(torch.zeros(1, 1, 30, 32, 32))

@@ -1,0 +1,211 @@
+"""Our weights under the names of nnssl, nnU-Net and dynamic-network-architectures, and theirs under ours.
+
+Names only are theirs to know: nnssl checkpoints, nnU-Net networks and adaptation plans all use them.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+
+PRIMUS_NAMES = (  # ours, theirs; the more special first
+    ("patch_embed.", "down_projection.proj."),
+    ("transformer.register_tokens", "register_tokens"),
+    ("transformer.", "eva."),
+    ("position_embedding", "pos_embed"),
+    (".attention.", ".attn."),
+    (".scale1", ".gamma_1"),
+    (".scale2", ".gamma_2"),
+    (".gate.", ".fc1_g."),
+    (".up.", ".fc1_x."),
+    (".down.", ".fc2."),
+)
+ANCHORS = {"primus": "down_projection.proj.weight", "resenc": "encoder.stem.convs.0.conv.weight"}
+TOKEN_ORDERS = ("xyz", "yxz")  # the slowest axis first
+
+
+def reference_names(name: str, config: PretrainedConfig) -> list[str]:
+    """What the reference calls one of our tensors; several names if it registers the tensor several times.
+
+    Args:
+        name: of the encoder's state dict, or of the student's `decoder.`, `patch_decoder.` and `mask_token`.
+    """
+    return _primus_names(name) if config.model_type == "primus" else _resenc_names(name, config)
+
+
+def _primus_names(name: str) -> list[str]:
+    if name.startswith("patch_decoder."):
+        _, layer, what = name.split(".")
+        stage, kind = divmod(int(layer), 3)  # convolution, norm, activation
+        nested = [f"up_projection.decode.{stage}.{kind}.{what}"]
+        return nested if kind else [*nested, f"up_projection.decode.{stage}.{what}"]  # the last stage is not nested
+    for ours, theirs in PRIMUS_NAMES:
+        name = name.replace(ours, theirs)
+    return [name]
+
+
+def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
+    parts = name.split(".")
+    if name.startswith("decoder.upsample."):
+        return [name.replace("upsample", "transpconvs")]
+    if name.startswith("decoder.output."):
+        return [f"decoder.seg_layers.{len(config.depths) - 2}.{parts[-1]}"]
+    kind, what = parts[-2:]  # conv or norm; weight or bias
+    if parts[0] == "stem":
+        layer = "encoder.stem.convs.0"
+    elif parts[0] == "decoder":
+        layer = f"decoder.stages.{parts[2]}.convs.0"
+    else:
+        _, stage, block, branch = parts[:4]
+        if branch == "skip":  # behind the average pooling, where there is one
+            branch = f"skip.{int(config.strides[int(stage)] > 1 and block == '0')}"
+        layer = f"encoder.stages.{stage}.blocks.{block}.{branch}"
+    names = [f"{layer}.{kind}.{what}", f"{layer}.all_modules.{('conv', 'norm').index(kind)}.{what}"]
+    return names if parts[0] == "decoder" else names + [f"decoder.{n}" for n in names]
+
+
+def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Our tensors under all the names that the reference's state dict has for them (the storage is shared)."""
+    theirs = {}
+    for name, tensor in weights.items():
+        names = reference_names(name, config)
+        if name.startswith("patch_decoder."):
+            last = name.split(".")[1] == max((n.split(".")[1] for n in weights if n.startswith("patch_")), key=int)
+            names = names[-1:] if last else names[:1]
+        theirs |= dict.fromkeys(names, tensor)
+    return theirs
+
+
+@dataclass
+class Conversion:
+    """What came of a foreign state dict: our tensors, and why each of the others was left."""
+
+    weights: dict[str, torch.Tensor]
+    changed: list[str] = field(default_factory=list)  # how a tensor had to be adapted
+    left: dict[str, str] = field(default_factory=dict)  # their name -> reason
+
+
+def from_reference(
+    theirs: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Size],
+    config: PretrainedConfig,
+    token_order: str = "xyz",
+    image_size: tuple[int, ...] | None = None,
+) -> Conversion:
+    """Find our tensors in a state dict of nnssl or nnU-Net.
+
+    Args:
+        theirs: their state dict; prefixes such as `module.` or `student.` before their names are recognised.
+        wanted: our names (see `reference_names`) and shapes.
+        config: of our encoder.
+        token_order: "xyz", or "yxz" for Primus checkpoints whose tokens run over the second axis first, as in
+            nnssl's own masked autoencoders: position embedding and rotary channels are rearranged, exactly.
+        image_size: crop of their pretraining, where it is not ours: the position embedding is resized.
+
+    Raises:
+        ValueError: if a tensor of the encoder is missing or of another shape; the decoder's may be.
+    """
+    prefix = _prefix(theirs, config.model_type)
+    found, used, problems = Conversion({}), set(), []
+    for name, shape in wanted.items():
+        names = [prefix + n for n in reference_names(name, config)]
+        used |= {n for n in names if n in theirs}
+        tensor = next((theirs[n] for n in names if n in theirs), None)
+        of_decoder = name.startswith(("decoder.", "patch_decoder.", "mask_token"))
+        if tensor is None:
+            if not of_decoder:
+                problems.append(f"{names[0]} is missing")
+            continue
+        tensor = _fit(name, tensor, shape, config, image_size, found.changed)
+        if tensor.shape == shape:
+            found.weights[name] = tensor
+        elif of_decoder:
+            found.left[names[0]] = f"its shape {list(tensor.shape)} is not {list(shape)}"
+        else:
+            problems.append(f"{names[0]} is {list(tensor.shape)}, not {list(shape)}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"these weights are not for this encoder: {'; '.join(problems[:3])}{more}")
+    if token_order == "yxz":
+        found.weights = _from_yxz(found.weights, config)
+        found.changed.append("tokens reordered from yxz to xyz")
+    for name in theirs.keys() - used:
+        found.left[name] = "another name of a tensor already read" if "all_modules" in name else "not part of ours"
+    return found
+
+
+def _prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
+    """What stands before the reference's names: nothing, or a wrapper's name."""
+    anchor = ANCHORS[model_type]
+    prefixes = {n.removesuffix(anchor) for n in theirs if n.endswith(anchor) and not n.endswith("decoder." + anchor)}
+    prefixes = {p for p in prefixes if not p or p.endswith(".")}
+    if "" in prefixes or len(prefixes) == 1:
+        return "" if "" in prefixes else prefixes.pop()
+    for other in ANCHORS.keys() - {model_type}:
+        if any(name.endswith(ANCHORS[other]) for name in theirs):
+            raise ValueError(f"these are the weights of a {other}, the recipe's encoder is a {model_type}")
+    if prefixes:
+        raise ValueError(f"the file holds several encoders ({', '.join(sorted(prefixes))}): keep one of them")
+    raise ValueError(f"no {model_type} encoder in the file: 0 tensors would be loaded (looked for {anchor})")
+
+
+def _fit(
+    name: str,
+    tensor: torch.Tensor,
+    shape: torch.Size,
+    config: PretrainedConfig,
+    image_size: tuple[int, ...] | None,
+    changed: list[str],
+) -> torch.Tensor:
+    """Repeat input channels, resize a position embedding; anything else stays as it is."""
+    if tensor.shape == shape:
+        return tensor
+    if name in ("patch_embed.weight", "stem.conv.weight") and tensor.shape[2:] == shape[2:] and len(tensor) == shape[0]:
+        old, new = tensor.shape[1], shape[1]
+        changed.append(f"input channels repeated from {old} to {new}")
+        return tensor[:, torch.arange(new) % old] * (old / new)
+    if name.endswith("position_embedding") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
+        registers = config.num_register_tokens if name.startswith("transformer.") else 0
+        before, tokens = tensor.tensor_split([registers], dim=1)
+        grid = _grid(tokens.shape[1], config, image_size)
+        if grid is None:
+            return tensor
+        tokens = tokens.transpose(1, 2).unflatten(2, grid).float()
+        tokens = F.interpolate(tokens, size=config.grid_size, mode="trilinear", align_corners=False)
+        changed.append(f"position embedding resized from {grid} to {config.grid_size} tokens")
+        return torch.cat((before, tokens.flatten(2).transpose(1, 2).to(tensor.dtype)), dim=1)
+    return tensor
+
+
+def _grid(tokens: int, config: PretrainedConfig, image_size: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Their grid of tokens: as their crop says, else a cube."""
+    side = round(tokens ** (1 / 3))
+    grid = tuple(i // p for i, p in zip(image_size, config.patch_size)) if image_size else (side,) * 3
+    return grid if grid[0] * grid[1] * grid[2] == tokens else None
+
+
+def _from_yxz(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Renumber the tokens of weights trained with the second axis slowest, so that the features stay the same.
+
+    The position embedding is transposed. The rotary embedding turned the first third of each head's channels with the
+    second axis and the second third with the first: these channels of queries and keys change places.
+    """
+    x, y, _ = config.grid_size
+    if x != y:
+        raise ValueError(f"tokens in the order yxz can be converted only for grids with X = Y, not {config.grid_size}")
+    return {name: _swap(name, tensor, config) for name, tensor in weights.items()}
+
+
+def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    if name.endswith("position_embedding"):
+        registers = tensor.shape[1] - config.grid_size[0] * config.grid_size[1] * config.grid_size[2]
+        before, tokens = tensor.tensor_split([registers], dim=1)
+        tokens = tokens.unflatten(1, config.grid_size).transpose(1, 2).flatten(1, 3)
+        return torch.cat((before, tokens), dim=1)
+    if re.search(r"\.attention\.[qk]_proj\.", name):
+        heads = config.num_attention_heads
+        thirds = tensor.unflatten(0, (heads, 3, -1))
+        return thirds[:, [1, 0, 2]].flatten(0, 2)
+    return tensor

@@ -26,21 +26,21 @@ Your own volumes (.nii, .nii.gz, any layout of folders) on one GPU:
         train_cva.py --config ds_configs/zero2.json \\
         --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=16
 
+From weights that exist, ours or an OpenMind / nnssl checkpoint: add `--init-from PATH_OR_HUB_ID`.
+
 Stopped? Run the same command again with `--resume auto`. Any number of the recipe can be changed on the command line as
 `key.subkey=value`, for example `train.steps=1000 views.crop_size=[128,128,128]`.
 
-OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures), checkpoints/ and encoder/.
+OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures), checkpoints/, encoder/ and
+pretraining.safetensors (student, teacher and heads); publish.py makes a bundle of it.
 """
 
 import argparse
-import errno
 import hashlib
 import os
 import platform
 import subprocess
-import sys
 import time
-import traceback
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,10 +58,12 @@ from data.stream import RankBatches, SampleStream, make_loader, stack_views
 from losses.consistency import cosine_consistency
 from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
+from models.warm_start import load_pretrained
 from training.banner import print_banner
 from training.checkpoints import newest_checkpoint, save_checkpoint
+from training.command_line import run
 from training.estimate import step_cost, step_inputs
-from training.export import export_encoder, model_card, preprocessing
+from training.export import preprocessing, write_run
 from training.metrics import Metrics, read_metrics
 from training.output import choose_output
 from training.pictures import draw_losses, draw_reconstruction, draw_views
@@ -84,6 +86,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)"
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="PATH_OR_HUB_ID",
+        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors)",
+    )
+    parser.add_argument(
+        "--init-token-order",
+        choices=["xyz", "yxz"],
+        help="of a foreign Primus that does not tell how it numbers tokens",
     )
     parser.add_argument("--resume", choices=["auto"], help="go on from the newest complete checkpoint in OUTPUT")
     parser.add_argument("--wandb", action="store_true", help="track with Weights & Biases instead of TensorBoard")
@@ -209,9 +221,15 @@ def resume(accelerator: Accelerator, folder: Path, meta: dict) -> int:
 
 
 def publish(
-    accelerator: Accelerator, model: torch.nn.Module, stream: SampleStream, recipe: Recipe, output: Path, step: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    stream: SampleStream,
+    recipe: Recipe,
+    meta: dict,
+    output: Path,
+    step: int,
 ) -> None:
-    """Write the encoder folder and the pictures; all ranks take part, the main one writes."""
+    """Write the encoder folder, all weights and the pictures; all ranks take part, the main one writes."""
     cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
     share = recipe.train.batch_size // accelerator.num_processes
     first = recipe.train.steps * recipe.train.batch_size + accelerator.process_index * share  # views not trained on
@@ -223,12 +241,9 @@ def publish(
     model.train()
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        prefix = "student.features.encoder."
-        weights = {key.removeprefix(prefix): w.cpu() for key, w in weights.items() if key.startswith(prefix)}
         records = read_metrics(output / "metrics.jsonl")
-        encoder = cva.student.features.encoder
-        card = model_card(encoder.config, weights, recipe.model_dump(), step, len(stream.files), records[-1])
-        export_encoder(type(encoder), encoder.config, weights, output / "encoder", card)
+        facts = {**meta, "step": step, "volumes": len(stream.files)}
+        write_run(cva.student.features.encoder, weights, facts, records, output)
         report, outputs = output / "report", {key: outputs[key].cpu() for key in ("voxel_mask", "reconstructed")}
         views, affines = batch["views"].cpu(), batch["crop_to_volume"].cpu()
         draw_losses(records, report / "losses.png")
@@ -281,6 +296,11 @@ def main(arguments: argparse.Namespace) -> None:
 
     # model
     model = build_model(recipe)
+    if arguments.init_from and not (arguments.resume and newest_checkpoint(output / "checkpoints")):
+        report = load_pretrained(model.student, arguments.init_from, arguments.init_token_order)
+        model.update_teacher(momentum=0.0)  # the teacher starts as the student
+        if os.environ.get("RANK", "0") == "0":
+            print(f"init        {report}")
     per_rank = recipe.train.batch_size // int(os.environ.get("WORLD_SIZE", 1))
     cost = step_cost(model, step_inputs(recipe, per_rank))  # before there is a process group: it communicates nothing
     accelerator = make_accelerator(
@@ -314,6 +334,7 @@ def main(arguments: argparse.Namespace) -> None:
         "engine": describe_engine(accelerator),
         "data": fingerprint,
         "recipe": recipe.model_dump(mode="json"),
+        "init_from": arguments.init_from,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -364,30 +385,13 @@ def main(arguments: argparse.Namespace) -> None:
         if done % recipe.train.checkpoint_every == 0 or done == steps:
             save_checkpoint(accelerator, output / "checkpoints", done, meta)
             if done < steps:
-                publish(accelerator, model, stream, recipe, output, done)
+                publish(accelerator, model, stream, recipe, meta, output, done)
             metrics.pause()
     metrics.bar.close()
-    publish(accelerator, model, stream, recipe, output, steps)
+    publish(accelerator, model, stream, recipe, meta, output, steps)
     print_ending(accelerator, output)
     accelerator.end_training()
 
 
-def is_for_the_user(error: BaseException) -> bool:
-    """Whether an error is this project's own word, or a disk's; anything else is a bug and shows where it came from."""
-    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    ours = place.is_relative_to(HERE) and "site-packages" not in place.parts
-    return ours or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
-    )
-
-
 if __name__ == "__main__":
-    try:
-        main(parse_arguments())
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not is_for_the_user(error):
-            raise
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
-            print(f"train_cva.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(__file__, lambda: main(parse_arguments()))

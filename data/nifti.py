@@ -30,21 +30,24 @@ def find_volumes(folder: Path) -> list[Path]:
     return paths
 
 
-def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Read one volume as the encoders see it: reoriented, cropped to its non-zero box, z-scored, resampled.
+def read_volume(
+    source: str | Path | nib.spatialimages.SpatialImage, orientation: str, spacing: tuple[float, float, float]
+) -> np.ndarray:
+    """Read one volume as the encoders see it: reoriented, then as `prepare_array` does.
 
     Args:
+        source: path of a NIfTI file, or a nibabel image.
         orientation: the axes of the result, such as "RAS" (first axis towards the patient's right, ...).
         spacing: voxel size of the result in mm, (X, Y, Z).
 
     Returns:
-        float32 `[X, Y, Z]` of mean 0 and standard deviation 1 (before resampling).
+        float32 `[X, Y, Z]`.
 
     Raises:
         BadVolume: if the file is unreadable, not 3D, constant, or has NaN or infinite voxels.
     """
     try:
-        image = nib.load(path)
+        image = source if isinstance(source, nib.spatialimages.SpatialImage) else nib.load(source)
     except Exception as error:  # nibabel, gzip and zlib each fail in their own way
         raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
     shape = image.shape
@@ -63,8 +66,28 @@ def read_volume(path: Path, orientation: str, spacing: tuple[float, float, float
         volume = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:
         raise BadVolume(f"its voxels cannot be read; truncated or corrupt? ({_first_line(error)})") from error
-    old_spacing = nib.affines.voxel_sizes(image.affine)  # not the header's zooms: the two can disagree
-    if not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in old_spacing):
+    # not the header's zooms: the two can disagree
+    return prepare_array(volume, nib.affines.voxel_sizes(image.affine), spacing)
+
+
+def prepare_array(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """Crop a volume to its non-zero box, z-score it, resample it: what is left to do once it is oriented.
+
+    Args:
+        volume: `[X, Y, Z]`, the axes as the encoder wants them.
+        old_spacing: its voxel size in mm, (X, Y, Z).
+        spacing: voxel size of the result in mm.
+
+    Returns:
+        float32 `[X, Y, Z]` of mean 0 and standard deviation 1 (before resampling).
+
+    Raises:
+        BadVolume: if it is not 3D, constant, of an impossible spacing, or has NaN or infinite voxels.
+    """
+    volume, old_spacing = np.asarray(volume, dtype=np.float32), np.asarray(old_spacing, dtype=float)
+    if volume.ndim != 3 or min(volume.shape) < 2:
+        raise BadVolume(f"shape {volume.shape} is not a 3D volume")
+    if old_spacing.shape != (3,) or not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in old_spacing):
         raise BadVolume(f"its voxel size {old_spacing.tolist()} is not a size in mm; mend the header")
     if not np.isfinite(volume).all():
         raise BadVolume(f"{int((~np.isfinite(volume)).sum())} voxels are NaN or infinite")

@@ -1,7 +1,9 @@
 """The networks, and how a set of numbers becomes one of them."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from .masked_primus import MaskedPrimus
 from .masked_resenc import DENSE_STRIDE, MaskedResEnc
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
+from .warm_start import ENCODER_WEIGHTS, read_weights
 
 __all__ = [
     "DENSE_STRIDE",
@@ -25,15 +28,39 @@ __all__ = [
     "ResEncModel",
     "build_cva",
     "build_encoder",
+    "load_encoder",
 ]
+
+ENCODERS = {"primus": (PrimusConfig, PrimusModel), "resenc": (ResEncConfig, ResEncModel)}
 
 
 def build_encoder(architecture: str, crop_size: tuple[int, ...], preprocessing: dict, **sizes) -> PreTrainedModel:
     """A fresh encoder. `architecture` is "primus" or "resenc"; `sizes` go to its configuration."""
-    config_class, model_class = {"primus": (PrimusConfig, PrimusModel), "resenc": (ResEncConfig, ResEncModel)}[
-        architecture
-    ]
+    config_class, model_class = ENCODERS[architecture]
     return model_class(config_class(image_size=crop_size, preprocessing=preprocessing, **sizes))
+
+
+def load_encoder(folder: Path) -> PreTrainedModel:
+    """The encoder in a folder that `from_pretrained` reads, with this project's code and not the folder's.
+
+    Raises:
+        ValueError: if the folder holds no encoder of ours, or a damaged one.
+    """
+    try:
+        numbers = json.loads((folder / "config.json").read_text())
+        config_class, model_class = ENCODERS[numbers.get("model_type")]
+    except (OSError, json.JSONDecodeError, KeyError):
+        raise ValueError(f"{folder}: config.json is not there, damaged, or of another kind of model") from None
+    encoder = model_class(config_class.from_dict(numbers))
+    index = folder / f"{ENCODER_WEIGHTS}.index.json"
+    weights, _ = read_weights(index if index.is_file() else folder / ENCODER_WEIGHTS)
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}: the weights are not those of config.json ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    return encoder
 
 
 def build_cva(

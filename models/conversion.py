@@ -23,7 +23,7 @@ PRIMUS_NAMES = (  # ours, theirs; the more special first
     (".down.", ".fc2."),
 )
 ANCHORS = {"primus": "down_projection.proj.weight", "resenc": "encoder.stem.convs.0.conv.weight"}
-TOKEN_ORDERS = ("xyz", "yxz")  # the slowest axis first
+DECODERS = ("decoder.", "patch_decoder.", "mask_token")  # of the student: wanted, but not required
 
 
 def reference_names(name: str, config: PretrainedConfig) -> list[str]:
@@ -67,15 +67,11 @@ def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
 
 
 def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Our tensors under all the names that the reference's state dict has for them (the storage is shared)."""
-    theirs = {}
-    for name, tensor in weights.items():
-        names = reference_names(name, config)
-        if name.startswith("patch_decoder."):
-            last = name.split(".")[1] == max((n.split(".")[1] for n in weights if n.startswith("patch_")), key=int)
-            names = names[-1:] if last else names[:1]
-        theirs |= dict.fromkeys(names, tensor)
-    return theirs
+    """An encoder's tensors, and a U-Net decoder's, under all the names that the reference's state dict has for them.
+
+    The storage is shared.
+    """
+    return {theirs: tensor for name, tensor in weights.items() for theirs in reference_names(name, config)}
 
 
 @dataclass
@@ -108,31 +104,44 @@ def from_reference(
         ValueError: if a tensor of the encoder is missing or of another shape; the decoder's may be.
     """
     prefix = _prefix(theirs, config.model_type)
-    found, used, problems = Conversion({}), set(), []
-    for name, shape in wanted.items():
-        names = [prefix + n for n in reference_names(name, config)]
-        used |= {n for n in names if n in theirs}
-        tensor = next((theirs[n] for n in names if n in theirs), None)
-        of_decoder = name.startswith(("decoder.", "patch_decoder.", "mask_token"))
-        if tensor is None:
-            if not of_decoder:
-                problems.append(f"{names[0]} is missing")
-            continue
-        tensor = _fit(name, tensor, shape, config, image_size, found.changed)
-        if tensor.shape == shape:
-            found.weights[name] = tensor
-        elif of_decoder:
-            found.left[names[0]] = f"its shape {list(tensor.shape)} is not {list(shape)}"
-        else:
-            problems.append(f"{names[0]} is {list(tensor.shape)}, not {list(shape)}")
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"these weights are not for this encoder: {'; '.join(problems[:3])}{more}")
+    names = {name: [prefix + n for n in reference_names(name, config)] for name in wanted}
+    found = select(theirs, names, wanted, config, image_size)
     if token_order == "yxz":
         found.weights = _from_yxz(found.weights, config)
         found.changed.append("tokens reordered from yxz to xyz")
-    for name in theirs.keys() - used:
-        found.left[name] = "another name of a tensor already read" if "all_modules" in name else "not part of ours"
+    return found
+
+
+def select(
+    theirs: dict[str, torch.Tensor],
+    names: dict[str, list[str]],
+    wanted: dict[str, torch.Size],
+    config: PretrainedConfig,
+    image_size: tuple[int, ...] | None = None,
+) -> Conversion:
+    """Our tensors out of a state dict in which they go by other `names`; the rest as for `from_reference`."""
+    found, problems = Conversion({}), []
+    for name, shape in wanted.items():
+        source = next((n for n in names[name] if n in theirs), None)
+        of_decoder = name.startswith(DECODERS)
+        if source is None:
+            if not of_decoder:
+                problems.append(f"{names[name][0]} is missing")
+            continue
+        tensor = _fit(name, theirs[source], shape, config, image_size, found.changed)
+        if tensor.shape == shape:
+            found.weights[name] = tensor
+        elif of_decoder:
+            found.left[source] = f"its shape {list(tensor.shape)} is not {list(shape)}"
+        else:
+            problems.append(f"{source} is {list(tensor.shape)}, not {list(shape)}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"these weights are not for this encoder: {'; '.join(problems[:3])}{more}")
+    read = {n for name in found.weights for n in names[name]}
+    found.left |= {
+        n: "neither encoder nor reconstruction decoder" for n in theirs if n not in read and n not in found.left
+    }
     return found
 
 
@@ -165,7 +174,7 @@ def _fit(
     if name in ("patch_embed.weight", "stem.conv.weight") and tensor.shape[2:] == shape[2:] and len(tensor) == shape[0]:
         old, new = tensor.shape[1], shape[1]
         changed.append(f"input channels repeated from {old} to {new}")
-        return tensor[:, torch.arange(new) % old] * (old / new)
+        return tensor[:, torch.arange(new) % old] * old / new
     if name.endswith("position_embedding") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
         registers = config.num_register_tokens if name.startswith("transformer.") else 0
         before, tokens = tensor.tensor_split([registers], dim=1)

@@ -39,7 +39,7 @@ class Encoder(PreTrainedModel):
         if num_channels < 1:
             raise ValueError(f"num_channels={num_channels} must be at least 1")
         repeated = conv.weight[:, torch.arange(num_channels, device=conv.weight.device) % old]
-        conv.weight = nn.Parameter(repeated * (old / num_channels), requires_grad=conv.weight.requires_grad)
+        conv.weight = nn.Parameter(repeated * old / num_channels, requires_grad=conv.weight.requires_grad)
         conv.in_channels = self.config.num_channels = num_channels
         return self
 

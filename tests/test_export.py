@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ def test_the_encoder_folder_is_the_student(demo):
     assert all(torch.equal(encoder[key], module[prefix + key]) for key in encoder)
 
 
+def test_all_weights_are_kept_for_publishing(demo):
+    kept, module = load_file(demo[0] / "pretraining.safetensors"), model_state(demo[0] / "checkpoints" / "step_120")
+    assert kept.keys() == module.keys()
+    assert all(torch.equal(kept[key], module[key]) for key in kept)
+
+
 def test_features_are_bit_identical_in_a_clean_process(demo, tmp_path):
     module = model_state(demo[0] / "checkpoints" / "step_120")
     assert_same_features_in_a_clean_process(demo[0] / "encoder", PrimusModel, module, (48, 48, 48), tmp_path)
@@ -59,13 +66,17 @@ def test_the_folder_says_how_to_prepare_a_volume(demo):
     wanted = {"orientation": "RAS", "spacing": [1.0, 1.0, 1.0], "crop_size": [48, 48, 48]}
     assert wanted.items() <= settings["preprocessing"].items()
     assert "z-score" in settings["preprocessing"]["normalisation"]
+    processor = json.loads((demo[0] / "encoder" / "preprocessor_config.json").read_text())
+    assert all(processor[key] == settings["preprocessing"][key] for key in ("orientation", "spacing", "crop_size"))
     card = (demo[0] / "encoder" / "README.md").read_text()
     assert (demo[0] / "encoder" / "LICENSE").exists()
     assert card.startswith("---\nlibrary_name: transformers")
     assert "48 x 48 x 48" in card
 
 
-def test_the_code_in_the_folder_needs_torch_and_transformers_only(demo):
+def test_the_model_s_code_needs_torch_and_transformers_only(demo):
+    needed = {"modeling": {"torch", "transformers"}, "configuration": {"transformers"}}
+    needed |= {"image": {"nibabel", "numpy", "torch", "transformers"}, "nifti.py": {"nibabel", "numpy", "scipy"}}
     for path in (demo[0] / "encoder").glob("*.py"):
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -73,4 +84,4 @@ def test_the_code_in_the_folder_needs_torch_and_transformers_only(demo):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module.split(".")[0])
-        assert imported <= {"torch", "transformers", "math"}, path
+        assert imported - set(sys.stdlib_module_names) <= needed[path.name.split("_")[0]], path

@@ -1,18 +1,28 @@
-"""Write the encoder so that anyone can load it: configuration, weights, code and model card in one folder."""
+"""Write an encoder so that anyone can load it: weights, code, preprocessing and model card in one folder."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from data.image_processing_volume import VolumeImageProcessor
+from models.warm_start import ENCODER_WEIGHTS, RUN_WEIGHTS
+
+from .model_card import LOSSES, model_card
+
 LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"  # of the code that goes with the weights
+FACTS = "pretraining.json"  # what is known of the run that made the weights
 
 
 def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple[int, ...]) -> dict:
-    """What a user must do to a volume before the encoder sees it; goes into config.json. In this order."""
+    """What must be done to a volume before the encoder sees it, in this order; goes into config.json."""
     return {
         "orientation": orientation,
         "crop_to_nonzero_box": True,
@@ -24,115 +34,97 @@ def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple
     }
 
 
-def export_encoder(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    weights: dict[str, torch.Tensor],
-    folder: Path,
-    card: str,
-) -> None:
-    """Replace `folder` by one that `AutoModel.from_pretrained(folder, trust_remote_code=True)` reads.
+def processor(config: PretrainedConfig) -> VolumeImageProcessor:
+    """The object that does what `config.preprocessing` says."""
+    return VolumeImageProcessor(**{key: config.preprocessing[key] for key in ("orientation", "spacing", "crop_size")})
+
+
+def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path) -> None:
+    """Fill a folder that `AutoModel` and `AutoImageProcessor` read with `trust_remote_code=True`.
 
     Args:
-        weights: the encoder's full state dict, as gathered from the run.
+        facts: what is known of the pretraining; see `model_card`.
         card: text of the model card.
     """
-    type(config).register_for_auto_class()
-    model_class.register_for_auto_class("AutoModel")
+    type(encoder.config).register_for_auto_class()
+    type(encoder).register_for_auto_class("AutoModel")
+    VolumeImageProcessor.register_for_auto_class("AutoImageProcessor")
+    logging.disable_progress_bar()
+    encoder.save_pretrained(folder)
+    logging.enable_progress_bar()
+    processor(encoder.config).save_pretrained(folder)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1))
+    (folder / ENCODER_WEIGHTS).chmod((folder / FACTS).stat().st_mode)  # safetensors lets nobody else read it
+    ModelCard(card).save(folder / "README.md")
+    shutil.copy(LICENSE, folder)
+
+
+def write_run(
+    encoder: PreTrainedModel, weights: dict[str, torch.Tensor], facts: dict, records: list[dict], output: Path
+) -> None:
+    """Write what a run gives away: `encoder/`, and all its weights for `publish.py` and for warm starts.
+
+    Args:
+        encoder: the run's own; its parameters may be sharded.
+        weights: the composite's full state dict, as gathered.
+        facts: of the run; see `model_card`.
+        records: of `metrics.jsonl`.
+    """
+    steps = [0, *(record["step"] for record in records)]
+    seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
+    losses = {key: records[-1][key] for key in LOSSES if key in records[-1]}
+    facts = {**facts, "hours": seconds / 3600, "losses": losses, "weights": "student"}
+
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    prefix = "student.features.encoder."
     with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
-        encoder = model_class(config)
-    encoder.load_state_dict(weights)
+        student = type(encoder)(encoder.config)
+    student.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    card = model_card(student, facts, str(output / "encoder"))
+    temporary = output / f".{RUN_WEIGHTS}"
+    try:
+        save_file(weights, temporary, metadata={"step": str(facts["step"])})
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{output / RUN_WEIGHTS} could not be written ({error}); --resume auto writes it again"
+        ) from error
+    temporary.chmod((output / "recipe.yaml").stat().st_mode)  # safetensors lets nobody else read it
+    temporary.replace(output / RUN_WEIGHTS)
+    replace_folder(output / "encoder", lambda folder: write_encoder(student, facts, card, folder))
+
+
+def read_run_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """All weights of a run - student, teacher, heads - and their step.
+
+    Raises:
+        ValueError: if it is not there or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): --resume auto writes it again") from None
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder beside this one, then put it in this one's place: whole, or not at all.
+
+    Raises:
+        OSError: if it cannot be written; what stood there stays.
+    """
     temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"old-{folder.name}")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    logging.disable_progress_bar()
     try:
-        encoder.save_pretrained(temporary)
-        ModelCard(card).save(temporary / "README.md")
-        shutil.copy(LICENSE, temporary)
-    except Exception as error:  # safetensors and OSError tell of a full disk in different classes
+        temporary.mkdir(parents=True)
+        write(temporary)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"the encoder could not be written to {folder} ({error}); --resume auto writes it again"
-        ) from error
-    logging.enable_progress_bar()
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):  # each library tells of a full disk in its own
+            raise OSError(f"{folder} could not be written ({error}); what was there is untouched") from error
+        raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(
-    config: PretrainedConfig,
-    weights: dict[str, torch.Tensor],
-    recipe: dict,
-    step: int,
-    volumes: int,
-    last: dict[str, float],
-) -> str:
-    """The text of the model card, from what is known of the run."""
-    name, paper = {
-        "primus": ("Primus", "Primus, arXiv 2503.01835"),
-        "resenc": ("ResEnc", "nnU-Net ResEnc, arXiv 2404.09556"),
-    }[config.model_type]
-    seen = f"{volumes} volume{'s' if volumes != 1 else ''}"
-    size = tuple(config.image_size)
-    steps = config.preprocessing
-    millions = sum(w.numel() for w in weights.values()) / 1e6
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["medical-imaging", "3d", "self-supervised", config.model_type],
-    )
-    losses = "\n".join(
-        f"| {k} | {last[k]:.4f} |" for k in ("reconstruction", "consistency", "contrastive") if k in last
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# {name} encoder, pretrained with Consistent View Alignment
-
-A 3D encoder of {millions:.1f} M parameters for medical volumes, pretrained without labels by masked autoencoding, dense
-alignment of two overlapping views and image-level contrast.
-
-## Use
-
-```python
-import torch
-from transformers import AutoModel
-
-encoder = AutoModel.from_pretrained("FOLDER_OR_HUB_ID", trust_remote_code=True)
-crop = torch.randn(1, {config.num_channels}, {size[0]}, {size[1]}, {size[2]})  # a prepared crop, see below
-features = encoder(crop).last_hidden_state
-```
-
-## Preparation of a volume
-
-In this order:
-
-1. Orientation {steps["orientation"]}.
-2. Crop to the box of non-zero voxels.
-3. Subtract the mean of that box and divide by its standard deviation.
-4. Resample to {" x ".join(f"{s:g}" for s in steps["spacing"])} mm; {steps["interpolation"]}.
-5. Crop to {" x ".join(map(str, size))} voxels; pad with 0.
-
-## Training
-
-Recipe `{recipe["name"]}`, {step} of {recipe["train"]["steps"]} steps of {recipe["train"]["batch_size"]} volumes, drawn
-from {seen}. The weights are the student's. Losses reached:
-
-| term | value |
-|---|---|
-{losses}
-
-## Limits and licence
-
-For research. Not a medical device. Features are only as general as the {seen} it was trained on.
-
-The Python files are Apache-2.0 (LICENSE). The licence of the weights is for their author to state, as their data allow.
-
-## Citation
-
-Consistent View Alignment, arXiv 2509.13846; {paper}.
-"""

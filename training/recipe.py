@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from data.views import least_shared
 from models import DENSE_STRIDE, PRIMUS_SIZES
@@ -24,10 +24,17 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    orientation: Annotated[str, Field(pattern="^[RL][AP][SI]$")]  # axes of the prepared volumes, such as RAS
+    orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
     max_bad_share: Share  # more unusable files than this stop the run
     workers: Annotated[int, Field(ge=0)]  # loader processes a rank
+
+    @field_validator("orientation")
+    @classmethod
+    def _axes(cls, orientation: str) -> str:
+        if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
+            raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
+        return orientation
 
 
 class Views(Section):

@@ -1,0 +1,81 @@
+"""The preparation of volumes as a processor that is saved beside the encoder and loaded with `AutoImageProcessor`.
+
+Needs nibabel, numpy, scipy, torch and transformers: this file and `nifti.py` are copied next to the weights.
+"""
+
+import nibabel as nib
+import numpy as np
+import torch
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
+
+from .nifti import PLAUSIBLE_SPACING, prepare_array, read_volume
+
+MOST_VOXELS = 2048  # an axis; a configuration file that asks for more is damaged
+
+
+class VolumeImageProcessor(ImageProcessingMixin):
+    """Brings a volume to what the encoder saw in pretraining, with the code that prepared the training data.
+
+    In this order: reorient, crop to the non-zero box, subtract the mean of that box and divide by its standard
+    deviation, resample to `spacing`, cut the crop out of the middle (0, the mean, where the volume is smaller).
+
+    Args:
+        orientation: axes of the crop, such as "RAS".
+        spacing: its voxel size in mm, (X, Y, Z).
+        crop_size: its size in voxels, (X, Y, Z).
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, orientation="RAS", spacing=(1.0, 1.0, 1.0), crop_size=(160, 160, 160), **kwargs):
+        super().__init__(**kwargs)
+        if not all(isinstance(n, int) and 0 < n <= MOST_VOXELS for n in crop_size) or len(crop_size) != 3:
+            raise ValueError(f"crop_size {crop_size} must be three positive integers, no more than {MOST_VOXELS}")
+        if len(spacing) != 3 or not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in spacing):
+            raise ValueError(f"spacing {spacing} must be three sizes in mm")
+        self.orientation = orientation
+        self.spacing = list(spacing)
+        self.crop_size = list(crop_size)
+
+    def prepare(self, image, spacing=None):
+        """The whole prepared volume, float32 `[X, Y, Z]`; sliding windows and random crops are cut from it.
+
+        Args:
+            image: path of a NIfTI file, a nibabel image, or an array or tensor `[X, Y, Z]`.
+            spacing: voxel size of an array in mm, one number an axis. The array's axes must be those of `orientation`.
+
+        Raises:
+            ValueError: if an array comes without its spacing, or the volume cannot be used; the message says why.
+        """
+        if isinstance(image, (str, nib.spatialimages.SpatialImage)) or hasattr(image, "__fspath__"):
+            return read_volume(image, self.orientation, tuple(self.spacing))
+        if spacing is None:
+            raise ValueError("an array needs its voxel size: processor(array, spacing=(1.0, 1.0, 1.0)), in mm")
+        image = image.numpy(force=True) if isinstance(image, torch.Tensor) else image
+        return prepare_array(image, spacing, tuple(self.spacing))
+
+    def __call__(self, images, spacing=None, crop_size=None, return_tensors="pt"):
+        """Crops from the middle of one volume or of a list of volumes, as `pixel_values` `[B, 1, X, Y, Z]`.
+
+        Args:
+            images: as for `prepare`, or a list of such.
+            spacing: of arrays, in mm; the same for all of a list.
+            crop_size: another size in voxels, or "whole" for all of one volume, which need not divide by the
+                encoder's cells then.
+        """
+        volumes = [self.prepare(image, spacing) for image in (images if isinstance(images, list) else [images])]
+        size = crop_size or self.crop_size
+        crops = [volume if size == "whole" else center_crop(volume, size) for volume in volumes]
+        return BatchFeature({"pixel_values": np.stack(crops)[:, None]}, tensor_type=return_tensors)
+
+
+def center_crop(volume, size):
+    """The middle of `[X, Y, Z]`, with 0 around a smaller volume."""
+    out = np.zeros(size, volume.dtype)
+    source, target = [], []
+    for have, want in zip(volume.shape, size):
+        length = min(have, want)
+        source.append(slice((have - length) // 2, (have - length) // 2 + length))
+        target.append(slice((want - length) // 2, (want - length) // 2 + length))
+    out[tuple(target)] = volume[tuple(source)]
+    return out

@@ -1,0 +1,203 @@
+"""The checkpoint in the hands of nnU-Net: its released loader, and the adaptation plan followed to the letter."""
+
+import json
+import pydoc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamic_network_architectures.architectures.primus import PrimusB, PrimusL, PrimusM, PrimusS
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from test_reference import difference, tokens_of
+
+from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel
+from models.masked_resenc import MaskedResEnc
+from models.nnunet import adaptation_plan, checkpoint
+from training.export import preprocessing
+
+PRIMUS = {"PrimusS": PrimusS, "PrimusB": PrimusB, "PrimusM": PrimusM, "PrimusL": PrimusL}
+RESENC_L = {  # what nnU-Net's main branch builds for the name, and its ResEnc-L planner for large isotropic volumes
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 6,
+    "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1] * 5,
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+TINY_RESENC = {"hidden_sizes": [4, 8, 12], "strides": [1, 2, 2], "depths": [1, 2, 2]}
+TINY_PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def encoder_of(config_class, model_class, crop_size, **sizes):
+    torch.manual_seed(0)
+    prepared_as = preprocessing("RAS", (1.0, 1.0, 1.0), crop_size)
+    return model_class(config_class(image_size=crop_size, preprocessing=prepared_as, **sizes)).eval()
+
+
+def primus(crop_size=(32, 24, 40), **sizes):
+    return encoder_of(PrimusConfig, PrimusModel, crop_size, **sizes)
+
+
+def resenc(crop_size=(64, 64, 64), **sizes):
+    return encoder_of(ResEncConfig, ResEncModel, crop_size, **sizes)
+
+
+def written(content, tmp_path):
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save(content, path)
+    return path
+
+
+def build(plan, patch_size, channels, classes=3):
+    """The network that the plan asks for, built as nnU-Net does."""
+    name, numbers = plan["architecture_plans"]["arch_class_name"], plan["architecture_plans"]["arch_kwargs"]
+    imported = plan["architecture_plans"]["arch_kwargs_requiring_import"]
+    if name in PRIMUS:
+        return PRIMUS[name](channels, classes, patch_embed_size=(8, 8, 8), input_shape=patch_size)
+    if name == "ResEncL":
+        numbers, imported = RESENC_L, ["conv_op", "norm_op", "dropout_op", "nonlin"]
+        name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    if name == "Primus":
+        return pydoc.locate("dynamic_network_architectures.architectures.primus.Primus")(
+            channels,
+            numbers["embed_dim"],
+            numbers["patch_embed_size"],
+            classes,
+            numbers["encoder_eva_depth"],
+            numbers["encoder_eva_numheads"],
+            patch_size,
+            init_values=numbers["init_values"],
+            scale_attn_inner=numbers["scale_attn_inner"],
+        )
+    return get_network_from_plans(name, numbers, imported, channels, classes, deep_supervision=False)
+
+
+def fine_tune_from(path, channels=1, patch_size=None):
+    """nnU-Net's fine-tuning path: plan out of the checkpoint, network, strict load of encoder and stem by its keys."""
+    content = torch.load(path, weights_only=True)
+    plan, weights = content["nnssl_adaptation_plan"], content["network_weights"]
+    configuration = next(iter(plan["pretrain_plan"]["configurations"].values()))
+    patch_size = patch_size or plan["recommended_downstream_patchsize"]
+    network = build(plan, tuple(patch_size), channels)
+    assert (network.key_to_encoder, network.key_to_stem) == (plan["key_to_encoder"], plan["key_to_stem"])
+    assert list(network.keys_to_in_proj) == plan["keys_to_in_proj"]
+
+    def below(key):
+        return {n.removeprefix(key + "."): w for n, w in weights.items() if n.startswith(key + ".")}
+
+    stem, encoder = below(plan["key_to_stem"]), below(plan["key_to_encoder"])
+    if channels > plan["pretrain_num_input_channels"]:
+        for key in plan["keys_to_in_proj"]:
+            name = key.removeprefix(plan["key_to_stem"] + ".") + ".weight"
+            stem[name] = stem[name].repeat(1, channels, 1, 1, 1) / channels
+    if plan["key_to_lpe"] and list(patch_size) != configuration["patch_size"]:
+        old, new = ([n // 8 for n in size] for size in (configuration["patch_size"], patch_size))
+        position = encoder["pos_embed"].transpose(1, 2).unflatten(2, old)
+        encoder["pos_embed"] = F.interpolate(position, new, mode="trilinear").flatten(2).transpose(1, 2)
+    network.get_submodule(plan["key_to_encoder"]).load_state_dict(encoder, strict=True)
+    network.get_submodule(plan["key_to_stem"]).load_state_dict(stem, strict=True)
+    return network.eval()
+
+
+def assert_same_features(network, encoder, crop):
+    with torch.no_grad():
+        if encoder.config.model_type == "primus":
+            assert difference(encoder(crop).last_hidden_state, tokens_of(network, crop)) < 1e-5
+        else:
+            ours = encoder(crop, output_hidden_states=True).hidden_states
+            for our_map, their_map in zip(ours, network.encoder(crop), strict=True):
+                assert difference(our_map, their_map) < 1e-5
+
+
+@pytest.mark.parametrize("decoder", ["pretrained", "fresh"])
+def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys):
+    student = MaskedResEnc(resenc()).eval()
+    encoder = student.features.encoder
+    given = student.decoder.state_dict() if decoder == "pretrained" else None
+    path = written(checkpoint(encoder, given, "test"), tmp_path)
+    network = get_network_from_plans(
+        "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        RESENC_L,
+        ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        1,
+        3,
+        deep_supervision=True,
+    )
+    load_pretrained_weights(network, path)
+    assert "Loading pretrained weights" in capsys.readouterr().out
+    crop = torch.randn(1, 1, 64, 64, 64)
+    assert_same_features(network, encoder, crop)
+    if decoder == "pretrained":
+        seen = []
+        network.decoder.stages[-1].register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+        student.decoder.stages[-1].register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+        with torch.no_grad():
+            network(crop)
+            student.decoder(encoder(crop, output_hidden_states=True).hidden_states)
+        assert difference(seen[1], seen[0]) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_plan_loads_resenc_l(channels, tmp_path):
+    encoder = resenc()
+    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), channels)
+    crop = torch.randn(1, 1, 64, 64, 64).expand(-1, channels, -1, -1, -1)
+    assert_same_features(network, encoder.resize_input_channels(channels), crop)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_plan_loads_primus_m(channels, tmp_path):
+    encoder = primus()
+    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), channels)
+    crop = torch.randn(1, 1, 32, 24, 40).expand(-1, channels, -1, -1, -1)
+    assert_same_features(network, encoder.resize_input_channels(channels), crop)
+
+
+def test_another_patch_size_downstream_gives_our_features_of_that_size(tmp_path):
+    encoder = primus(**PRIMUS_SIZES["S"])
+    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), patch_size=[24, 32, 16])
+    assert_same_features(network, encoder, torch.randn(1, 1, 24, 32, 16))
+
+
+@pytest.mark.parametrize("encoder", [primus(**TINY_PRIMUS), resenc(**TINY_RESENC)], ids=["primus", "resenc"])
+def test_sizes_without_a_name_are_spelled_out(encoder, tmp_path):
+    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path))
+    assert_same_features(network, encoder, torch.randn(2, 1, *encoder.config.image_size))
+
+
+@pytest.mark.parametrize("size", ["S", "B", "M", "L"])
+def test_plans_name_the_published_sizes(size):
+    plan = adaptation_plan(primus(**PRIMUS_SIZES[size]).config, "test")
+    assert plan["architecture_plans"]["arch_class_name"] == f"Primus{size}"
+
+
+def test_the_plan_is_the_one_the_consumers_read():
+    plan = adaptation_plan(primus(**TINY_PRIMUS).config, "run")
+    assert json.loads(json.dumps(plan)) == plan
+    assert list(plan["pretrain_plan"]["configurations"]) == ["onemmiso"]
+    configuration = plan["pretrain_plan"]["configurations"]["onemmiso"]
+    assert configuration["spacing"] == [1.0, 1.0, 1.0]
+    assert configuration["patch_size"] == plan["recommended_downstream_patchsize"] == [32, 24, 40]
+    assert plan["key_to_lpe"] == "eva.pos_embed"
+    assert adaptation_plan(resenc(**TINY_RESENC).config, "run")["key_to_lpe"] is None
+
+
+def test_an_encoder_that_nnunet_cannot_build_is_refused():
+    with pytest.raises(ValueError, match="no register tokens"):
+        adaptation_plan(primus(**TINY_PRIMUS, num_register_tokens=4).config, "run")
+
+
+def test_one_tensor_is_stored_once(tmp_path):
+    encoder = resenc(**TINY_RESENC)
+    path = written(checkpoint(encoder, None, "test"), tmp_path)
+    parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder).parameters())
+    assert path.stat().st_size < 1.5 * parameters + 100_000  # four names a tensor, one copy

@@ -1,0 +1,266 @@
+"""Starting from weights that others trained: what is loaded, in which order, and what is refused."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import TINY, config, launch, model_state
+from dynamic_network_architectures.building_blocks.eva import Eva
+from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode, PatchEmbed
+from safetensors.torch import load_file, save_file
+from test_reference import difference, randomise, reference_resenc
+from torch import nn
+
+from models import build_encoder
+from models.masked_primus import MaskedPrimus
+from models.masked_resenc import MaskedResEnc
+from models.warm_start import load_pretrained
+
+RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}
+PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+class MaskedAutoencoder(nn.Module):
+    """A Primus autoencoder as nnssl trains it: their parts and names; `order` is how tokens are numbered."""
+
+    def __init__(self, shape, order):
+        super().__init__()
+        grid = tuple(n // 8 for n in shape)
+        self.order = order
+        self.down_projection = PatchEmbed((8, 8, 8), 1, 48)
+        self.up_projection = PatchDecode((8, 8, 8), 48, 1)
+        numbers = {"num_heads": 2, "ref_feat_shape": grid, "init_values": 0.1, "scale_attn_inner": True}
+        self.eva = Eva(48, 2, **numbers)
+        self.decoder = Eva(48, 1, **numbers)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 48))
+
+    def encode(self, crop):
+        cells = self.down_projection(crop)
+        cells = cells.transpose(2, 3) if self.order == "yxz" else cells  # the second axis slowest
+        tokens, _ = self.eva(cells.flatten(2).transpose(1, 2))
+        return self.to_map(tokens, cells.shape[2:])
+
+    def to_map(self, tokens, grid):
+        cells = tokens.transpose(1, 2).unflatten(2, grid)
+        return cells.transpose(2, 3) if self.order == "yxz" else cells
+
+    def forward(self, crop):
+        cells = self.encode(crop)
+        cells = cells.transpose(2, 3) if self.order == "yxz" else cells
+        tokens, _ = self.decoder(cells.flatten(2).transpose(1, 2))
+        return self.up_projection(self.to_map(tokens, cells.shape[2:]))
+
+
+def primus_student(shape=(24, 24, 16), decoder_layers=1, **changes):
+    torch.manual_seed(1)
+    encoder = build_encoder("primus", shape, {}, **{**PRIMUS, **changes})
+    return MaskedPrimus(encoder, 0.75, decoder_layers, feature_decoder_heads=2).eval()
+
+
+def resenc_student():
+    torch.manual_seed(1)
+    return MaskedResEnc(build_encoder("resenc", (16, 16, 16), {}, **RESENC)).eval()
+
+
+def nnssl_checkpoint(network, path, trainer=None, patch_size=None, prefix=""):
+    configurations = {"onemmiso": {"patch_size": patch_size, "spacing": [1, 1, 1]}} if patch_size else {}
+    weights = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    content = {
+        "network_weights": weights,
+        "trainer_name": trainer,
+        "current_epoch": 3,
+        "optimizer_state": {"state": {0: {"momentum": torch.zeros(3)}}},
+        "nnssl_adaptation_plan": {"pretrain_plan": {"configurations": configurations}},
+    }
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("order", "trainer", "said"),
+    [
+        ("yxz", "BaseEvaMAETrainer_BS8", None),
+        ("yxz", "VoCoEvaTrainer", "yxz"),
+        ("xyz", "AlignedMAEFTLR3EvaTrainer", None),
+        ("xyz", "SimCLREvaTrainer", "xyz"),
+    ],
+)
+def test_a_primus_autoencoder_keeps_its_features_and_its_reconstruction(order, trainer, said, tmp_path):
+    shape = (24, 24, 16)
+    network, student = randomise(MaskedAutoencoder(shape, order)), primus_student(shape)
+    report = load_pretrained(student, nnssl_checkpoint(network, tmp_path / "mae.pth", trainer), said)
+    assert "reordered from yxz" in report if order == "yxz" else "reordered" not in report
+    assert "fresh" not in report
+    crop = torch.randn(2, 1, *shape)
+    ours = student.features.encoder(crop, stages=["stage2"]).feature_maps["stage2"]
+    assert difference(ours, network.encode(crop)) < 1e-5
+    tokens = student.decoder(ours.flatten(2).transpose(1, 2), ours.shape[2:])
+    assert difference(student.patch_decoder(student.features.to_map(tokens)), network(crop)) < 1e-5
+    assert torch.equal(student.mask_token, network.mask_token)
+
+
+def test_the_wrong_order_would_have_given_other_features(tmp_path):
+    shape = (24, 24, 16)
+    network, student = randomise(MaskedAutoencoder(shape, "yxz")), primus_student(shape)
+    load_pretrained(student, nnssl_checkpoint(network, tmp_path / "mae.pth"), "xyz")
+    crop = torch.randn(2, 1, *shape)
+    ours = student.features.encoder(crop, stages=["stage2"]).feature_maps["stage2"]
+    assert difference(ours, network.encode(crop)) > 0.01
+
+
+def test_an_order_that_is_not_known_is_asked_for(tmp_path):
+    path = nnssl_checkpoint(MaskedAutoencoder((24, 24, 16), "yxz"), tmp_path / "x.pth", "SimCLREvaTrainer")
+    with pytest.raises(ValueError, match=r"SimCLREvaTrainer does not tell .* --init-token-order"):
+        load_pretrained(primus_student(), path)
+
+
+def test_an_order_that_cannot_be_converted_is_refused(tmp_path):
+    path = nnssl_checkpoint(MaskedAutoencoder((16, 24, 16), "yxz"), tmp_path / "x.pth", "BaseEvaMAETrainer")
+    with pytest.raises(ValueError, match="only for grids with X = Y"):
+        load_pretrained(primus_student((16, 24, 16)), path)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_resenc_u_net_is_loaded_with_its_decoder(suffix, prefix, tmp_path):
+    network, student = reference_resenc(1, RESENC, classes=1), resenc_student()
+    path = tmp_path / f"mae.{suffix}"
+    if suffix == "pth":
+        nnssl_checkpoint(network, path, "BaseMAETrainer", prefix=prefix)
+    else:
+        save_file({prefix + n: w.clone() for n, w in network.state_dict().items()}, path)
+    report = load_pretrained(student, str(path))
+    assert "of them the decoder's" in report
+    assert "seg_layers" not in report
+    assert "fresh" not in report
+    crop = torch.randn(1, 1, 16, 16, 16)
+    stages = student.features.encoder(crop, output_hidden_states=True).hidden_states
+    assert difference(student.decoder(stages), network(crop)) < 1e-5
+
+
+def test_an_encoder_alone_leaves_the_decoder_fresh_and_says_so(tmp_path):
+    network = reference_resenc(1, RESENC)
+    weights = {f"encoder.{n}": w.clone() for n, w in network.encoder.state_dict().items()}
+    weights["projector.0.weight"] = torch.zeros(3)
+    save_file(weights, tmp_path / "s.safetensors")
+    report = load_pretrained(resenc_student(), str(tmp_path / "s.safetensors"))
+    assert "no decoder" in report
+    assert "fresh: " in report
+    assert "left: 1 of projector, neither encoder nor reconstruction decoder" in report
+
+
+def test_another_crop_resizes_the_position_embedding_and_channels_are_repeated(tmp_path):
+    network = randomise(MaskedAutoencoder((24, 16, 32), "xyz"))
+    path = nnssl_checkpoint(network, tmp_path / "mae.pth", "AlignedX", patch_size=[24, 16, 32])
+    student = primus_student((16, 32, 16), num_channels=2)
+    report = load_pretrained(student, path)
+    assert "position embedding resized from (3, 2, 4) to (2, 4, 2) tokens" in report
+    assert "input channels repeated from 1 to 2" in report
+    torch.testing.assert_close(
+        student.features.encoder.patch_embed.weight.sum(1, keepdim=True), network.down_projection.proj.weight
+    )
+
+
+def test_nothing_to_load_is_an_error(tmp_path):
+    torch.save({"network_weights": {"a.weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="0 tensors would be loaded"):
+        load_pretrained(resenc_student(), str(tmp_path / "other.pth"))
+
+
+def test_the_other_architecture_and_other_sizes_are_named(tmp_path):
+    resenc = nnssl_checkpoint(reference_resenc(1, RESENC), tmp_path / "resenc.pth")
+    with pytest.raises(ValueError, match="weights of a resenc, the recipe's encoder is a primus"):
+        load_pretrained(primus_student(), resenc, "xyz")
+    bigger = reference_resenc(1, {**RESENC, "hidden_sizes": [4, 8, 16]})
+    with pytest.raises(ValueError, match=r"not for this encoder: .*\[16, 8, 3, 3, 3\], not \[8, 8, 3, 3, 3\].* more"):
+        load_pretrained(resenc_student(), nnssl_checkpoint(bigger, tmp_path / "bigger.pth"))
+    deeper = reference_resenc(1, {**RESENC, "depths": [1, 2, 1]})
+    with pytest.raises(ValueError, match="is missing"):
+        load_pretrained(resenc_student(), nnssl_checkpoint(deeper, tmp_path / "shallow.pth"))
+
+
+# --------------------------------------------------------------------------- safety
+
+
+class Attack:
+    """Runs a command where a pickle of it is loaded."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+@pytest.mark.parametrize("how", ["torch", "legacy", "pickle"])
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(how, tmp_path):
+    witness, path = tmp_path / "was_here", tmp_path / "evil.pth"
+    content = {"network_weights": reference_resenc(1, RESENC).state_dict(), "logging": Attack(witness)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content["logging"]))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
+    with pytest.raises(ValueError, match="refused"):
+        load_pretrained(resenc_student(), str(path))
+    assert not witness.exists()
+
+
+def test_a_path_that_climbs_out_of_the_folder_is_refused(tmp_path):
+    secret = tmp_path / "elsewhere.safetensors"
+    save_file({"stem.conv.weight": torch.zeros(1)}, secret)
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    index = {"weight_map": {"stem.conv.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names \.\./elsewhere.safetensors, .* refused"):
+        load_pretrained(resenc_student(), str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 no", b"{}"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_damaged_file_is_named(content, suffix, tmp_path):
+    path = tmp_path / f"damaged.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"damaged.{suffix}"):
+        load_pretrained(resenc_student(), str(path))
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/at_all", "../x", "not a hub id"])
+def test_a_source_that_does_not_exist_is_named(source):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_pretrained(resenc_student(), source)
+
+
+# --------------------------------------------------------------------------- the script
+
+
+def test_a_run_starts_from_another_run_and_its_teacher_with_it(volumes, tmp_path):
+    common = ["--config", config("ddp"), "--data", volumes, *TINY]
+    launch(*common, "--output", tmp_path / "first")
+    first = load_file(tmp_path / "first" / "pretraining.safetensors")
+    done = launch(*common, "--output", tmp_path / "second", "--init-from", tmp_path / "first", "teacher.momentum=1.0")
+    assert "pretraining.safetensors: " in done.stdout
+    assert "left: 6 of projector, neither encoder nor reconstruction decoder" in done.stdout
+    assert "fresh: " not in done.stdout
+    second = model_state(tmp_path / "second" / "checkpoints" / "step_4")
+    prefix = "features.encoder."
+    for name, tensor in second.items():
+        if name.startswith("teacher." + prefix):
+            assert torch.equal(tensor, first[name.replace("teacher.", "student.")]), name
+        elif name.startswith("student." + prefix) and name.endswith("weight"):
+            assert not torch.equal(tensor, first[name]), name
+    facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
+    assert facts["init_from"] == str(tmp_path / "first")
+    again = [*common, "--output", tmp_path / "second", "--init-from", tmp_path / "gone", "--resume", "auto"]
+    resumed = launch(*again, "teacher.momentum=1.0")
+    assert "init  " not in resumed.stdout
+
+
+def test_a_source_without_weights_is_one_line_at_the_command_line(volumes, tmp_path):
+    arguments = ["--config", config("ddp"), "--data", volumes, *TINY, "--output", tmp_path / "run"]
+    done = launch(*arguments, "--init-from", tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("train_cva.py: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,185 @@
+"""The model card: what the encoder is, how to use it, where it comes from."""
+
+import math
+
+import yaml
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedModel
+
+ARCHITECTURES = {
+    "primus": ("Primus", "a vision transformer", "Wald et al. 2025, arXiv:2503.01835"),
+    "resenc": ("ResEnc", "nnU-Net's residual CNN", "Isensee et al. 2024, arXiv:2404.09556"),
+}
+LOSSES = ("reconstruction", "consistency", "contrastive")
+
+
+def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str | None = None, nnunet: str = "") -> str:
+    """The text of the card.
+
+    Args:
+        facts: of the pretraining: `recipe`, `step`, `volumes`, `hours`, `ranks`, `engine`, `losses`, `weights`,
+            `init_from`, `versions`, `commit`; what is missing is said to be unknown.
+        where: the folder or Hub id to load from, for the examples.
+        license: SPDX name of the weights' licence, if its author has stated one.
+        nnunet: the section on nnU-Net, for a bundle that holds its checkpoint.
+    """
+    config, size = encoder.config, tuple(encoder.config.image_size)
+    name, kind, paper = ARCHITECTURES[config.model_type]
+    data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["medical-imaging", "3d", "self-supervised", "nnunet", config.model_type],
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name} encoder, pretrained with Consistent View Alignment",
+        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:.1f} M parameters) for medical volumes, pretrained "
+        "without labels by masked autoencoding, dense alignment of two overlapping views and image-level contrast.",
+        _use(encoder, where),
+        nnunet,
+        _preparation(config.preprocessing),
+        _training(facts),
+        f"""## Intended use and limits
+
+For research: features, fine-tuning for segmentation, classification or regression of volumes like those it was trained
+on. Not a medical device, and not evaluated for any clinical decision. Other modalities, body parts, spacings or
+orientations than those above are outside what it has seen. It was trained on crops of {_times(size)} voxels.""",
+        f"""## Licence
+
+The Python files are Apache-2.0 (LICENSE). {
+            f"The weights: {license}."
+            if license
+            else "The licence of the weights is for their author to state, as their data allow."
+        }""",
+        f"""## Citation
+
+Consistent View Alignment, arXiv:2509.13846. {name}: {paper}.""",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _use(encoder: PreTrainedModel, where: str) -> str:
+    config = encoder.config
+    if config.model_type == "primus":
+        stage, channels, stride = config.stage_names[-1], config.hidden_size, config.patch_size[0]
+        last = "tokens [1, N, C]"
+    else:
+        depth = min(4, len(config.depths))
+        stage, channels, stride = f"stage{depth}", config.hidden_sizes[depth - 1], math.prod(config.strides[:depth])
+        last = "feature map of the deepest stage"
+    shape = f"[1, {channels}, X/{stride}, Y/{stride}, Z/{stride}]"
+    roi = list(config.image_size)
+    return f"""## Use
+
+```python
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{where}", trust_remote_code=True)  # needs nibabel, scipy, pillow
+encoder = AutoModel.from_pretrained("{where}", trust_remote_code=True).eval()  # needs torch, transformers
+
+crop = processor("brain.nii.gz")["pixel_values"]  # the middle of the volume, {roi} voxels
+with torch.no_grad():
+    output = encoder(crop)
+    feature_map = encoder(crop, stages=["{stage}"]).feature_maps["{stage}"]  # {shape}
+output.last_hidden_state  # {last}
+output.pooler_output  # [1, C], one vector a crop
+```
+
+A segmentation head on a feature map, and MONAI's sliding window over a whole volume:
+
+```python
+from monai.inferers import sliding_window_inference
+
+enlarge = torch.nn.Upsample(scale_factor={stride}, mode="trilinear")
+head = torch.nn.Sequential(torch.nn.Conv3d({channels}, 2, 1), enlarge)
+volume = torch.from_numpy(processor.prepare("brain.nii.gz"))[None, None]
+
+
+def segment(window):
+    return head(encoder(window, stages=["{stage}"]).feature_maps["{stage}"])
+
+
+with torch.no_grad():
+    logits = sliding_window_inference(volume, {roi}, 1, segment)  # [1, 2, X, Y, Z]
+```
+
+Other sizes than {_times(roi)} work if they divide by the encoder's cells; `encoder.resize_input_channels(n)` makes it
+read n channels."""
+
+
+def _preparation(steps: dict) -> str:
+    return f"""## Preparation of a volume
+
+The processor does this, in this order, with the code that prepared the training data:
+
+1. Orientation {steps["orientation"]}.
+2. Crop to the box of non-zero voxels.
+3. Subtract the mean of that box and divide by its standard deviation.
+4. Resample to {_times(steps["spacing"])} mm; {steps["interpolation"]}.
+5. Crop to {_times(steps["crop_size"])} voxels; pad with 0."""
+
+
+def _training(facts: dict) -> str:
+    recipe = facts.get("recipe")
+    if not recipe:
+        return "## Training\n\nNothing is known of it: the encoder came without its record."
+    volumes = facts["volumes"]
+    seen = f"{volumes} volume{'s' if volumes != 1 else ''}"
+    start = f"from {facts['init_from']}" if facts.get("init_from") else "from random weights"
+    losses = "\n".join(f"| {key} | {facts['losses'][key]:.4f} |" for key in LOSSES if key in facts["losses"])
+    source = "student's: what the published results use" if facts["weights"] == "student" else "EMA teacher's"
+    return f"""## Training
+
+Recipe `{recipe["name"]}`, {facts["step"]} of {recipe["train"]["steps"]} steps of {recipe["train"]["batch_size"]}
+volumes, drawn from {seen}, {start}: {facts["hours"]:.1f} hours, {facts["engine"]}, {facts["ranks"]}
+rank{"s" if facts["ranks"] != 1 else ""}. The weights are the {source}. Losses reached:
+
+| term | value |
+|---|---|
+{losses}
+
+<details><summary>The whole recipe</summary>
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False).strip()}
+```
+
+</details>"""
+
+
+def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, has_decoder: bool) -> str:
+    """How nnU-Net loads the bundle."""
+    config = encoder.config
+    primus = config.model_type == "primus"
+    trainer = "PretrainedTrainer_Primusx" if primus else "PretrainedTrainer"
+    spacing = "_".join(f"{s:.2f}" for s in config.preprocessing["spacing"])
+    plan = f"ptPlans__cva____Spacing__{spacing}___Norm__Z"
+    source = f"https://huggingface.co/{where}" if on_hub else f"{where}/checkpoint_final.pth"
+    released = ""
+    if not primus:
+        decoder = "pretrained too" if has_decoder else "freshly initialised"
+        released = f"""
+
+The released nnU-Net (2.8.1) loads the same file wherever it plans this very network (the decoder in it is {decoder}):
+
+```bash
+nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetResEncUNetLPlans -pretrained_weights checkpoint_final.pth
+```"""
+    return f"""## nnU-Net
+
+With nnU-Net's main branch (since July 2026):
+
+```bash
+export nnssl_pretrained_models=FOLDER  # where it keeps what it downloads
+nnUNetv2_preprocess_like_nnssl -d DATASET -n cva -pc {source} -am like_pretrained
+nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {trainer}
+```{released}
+
+nnU-Net reads a NIfTI file as [Z, Y, X]; this encoder was trained on the axes {config.preprocessing["orientation"]}. An
+encoder pretrained with `data.orientation=SAR` has nnU-Net's order."""
+
+
+def _times(numbers: tuple[float, ...]) -> str:
+    return " x ".join(f"{n:g}" for n in numbers)

@@ -23,6 +23,7 @@ average, which has seen whole, unmasked crops.
 
 import argparse
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -34,8 +35,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import PreTrainedModel
 
 from models import load_encoder
-from models.nnunet import adaptation_plan, checkpoint
-from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT, RUN_WEIGHTS
+from models.conversion import reference_names
+from models.nnunet import adaptation_plan, checkpoint, unet_decoder
+from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT, RUN_WEIGHTS, read_weights
 from training.command_line import run
 from training.export import FACTS, read_run_weights, replace_folder, write_encoder
 from training.model_card import model_card, nnunet_section
@@ -75,7 +77,7 @@ def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dic
     if not is_run:
         if weights and weights != facts.get("weights"):
             raise ValueError(f"{source}: an encoder holds one set of weights; name the run to choose the {weights}'s")
-        return encoder, facts, None
+        return encoder, facts, bundled_decoder(source, encoder) if facts.get("decoder") == "pretrained" else None
     tensors, step = read_run_weights(source / RUN_WEIGHTS)
     if step != facts["step"]:
         raise ValueError(
@@ -89,6 +91,13 @@ def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dic
     return encoder, facts, decoder
 
 
+def bundled_decoder(folder: Path, encoder: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The U-Net decoder in a bundle's checkpoint, so that a bundle can be published again."""
+    theirs, _ = read_weights(folder / NNUNET_CHECKPOINT)
+    names = unet_decoder(encoder.config).state_dict()
+    return {name: theirs[reference_names(f"decoder.{name}", encoder.config)[0]] for name in names}
+
+
 def below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -97,6 +106,9 @@ def write_bundle(
     encoder: PreTrainedModel, facts: dict, decoder: dict | None, where: str, license: str | None, folder: Path
 ) -> None:
     """Fill an empty folder with the whole bundle; `where` is its folder or Hub id, for the model card's examples."""
+    facts = (
+        {**facts, "decoder": "pretrained" if decoder else "fresh"} if encoder.config.model_type == "resenc" else facts
+    )
     name = re.sub(r"\W+", "_", (facts.get("recipe") or {}).get("name") or Path(where).name)
     on_hub = where.startswith("hub:")
     where = where.removeprefix("hub:")
@@ -155,6 +167,7 @@ def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -
 
 
 def main(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed to save, which would speak up
     encoder, facts, decoder = read_source(arguments.source, arguments.weights)
     write = partial(write_bundle, encoder, facts, decoder, arguments.to, arguments.license)
     if arguments.to.startswith("hub:"):
@@ -165,6 +178,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         folder, repo_id = Path(arguments.to), arguments.to
         if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"--to {folder} is a file: name a folder")
             files = {file.name for file in folder.iterdir()}
             model_type = load_encoder(folder).config.model_type if ENCODER_WEIGHTS in files else None
             check_overwrite(arguments.to, files, model_type, encoder)

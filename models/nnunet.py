@@ -123,6 +123,13 @@ def _architecture(config: PretrainedConfig) -> dict:
     return {"arch_class_name": name, "arch_kwargs": numbers, "arch_kwargs_requiring_import": imported}
 
 
+def unet_decoder(config: PretrainedConfig) -> UNetDecoder:
+    """A U-Net decoder for a ResEnc, initialised as nnU-Net does, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
+
+
 def checkpoint(encoder: PreTrainedModel, decoder: dict[str, torch.Tensor] | None, name: str) -> dict:
     """The content of `checkpoint_final.pth`: tensors and plain values only, for `torch.load(weights_only=True)`.
 
@@ -135,11 +142,10 @@ def checkpoint(encoder: PreTrainedModel, decoder: dict[str, torch.Tensor] | None
     weights = {n: w.detach().cpu().contiguous() for n, w in encoder.state_dict().items()}
     if config.model_type == "resenc":
         if decoder is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                decoder = UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
-            decoder = decoder.state_dict()
-        weights |= {f"decoder.{n}": w.cpu().contiguous() for n, w in decoder.items()}
+            decoder = unet_decoder(config).state_dict()
+        weights |= {
+            f"decoder.{n}": w.cpu().contiguous() for n, w in sorted(decoder.items())
+        }  # the same bytes each time
     other = "ResEnc" if config.model_type == "primus" else "Primus"
     return {
         "network_weights": to_reference(weights, config),

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from models import PrimusModel
 from training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # each test is a run of the script
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

@@ -118,6 +118,7 @@ def assert_same_features(network, encoder, crop):
                 assert difference(our_map, their_map) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pretrained", "fresh"])
 def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys):
     student = MaskedResEnc(resenc()).eval()
@@ -146,6 +147,7 @@ def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys)
         assert difference(seen[1], seen[0]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_plan_loads_resenc_l(channels, tmp_path):
     encoder = resenc()
@@ -154,6 +156,7 @@ def test_the_plan_loads_resenc_l(channels, tmp_path):
     assert_same_features(network, encoder.resize_input_channels(channels), crop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2])
 def test_the_plan_loads_primus_m(channels, tmp_path):
     encoder = primus()
@@ -162,6 +165,7 @@ def test_the_plan_loads_primus_m(channels, tmp_path):
     assert_same_features(network, encoder.resize_input_channels(channels), crop)
 
 
+@pytest.mark.slow
 def test_another_patch_size_downstream_gives_our_features_of_that_size(tmp_path):
     encoder = primus(**PRIMUS_SIZES["S"])
     network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), patch_size=[24, 32, 16])

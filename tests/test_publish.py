@@ -18,6 +18,8 @@ import publish as script
 from models import load_encoder
 from models.conversion import from_reference
 
+pytestmark = pytest.mark.slow  # each test is a run of the script
+
 TINY_RESENC = [
     "views.crop_size=[32,32,32]",
     "views.cells=[3,3,3]",
@@ -182,6 +184,12 @@ def test_an_encoder_alone_is_published_with_a_fresh_decoder_that_is_called_so(ru
     assert "decoder.transpconvs.0.weight" in content["network_weights"]
 
 
+def test_a_bundle_can_be_published_again_with_all_it_holds(bundles, tmp_path):
+    publish(bundles / "resenc", "--to", tmp_path / "again", "--license", "cc-by-4.0")
+    for name in ("model.safetensors", "checkpoint_final.pth", "adaptation_plan.json", "pretraining.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (bundles / "resenc" / name).read_bytes(), name
+
+
 def test_a_folder_with_something_else_is_not_overwritten(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -196,6 +204,7 @@ def test_a_folder_with_something_else_is_not_overwritten(runs, tmp_path):
 
 def test_what_is_not_an_encoder_is_refused(runs, tmp_path):
     assert "neither config.json nor recipe.yaml" in refused_by_command(tmp_path, "--to", tmp_path / "x")
+    assert "is a file: name a folder" in refused_by_command(runs / "primus", "--to", runs / "primus" / "recipe.yaml")
     damaged = tmp_path / "damaged"
     shutil.copytree(runs / "primus" / "encoder", damaged)
     numbers = json.loads((damaged / "config.json").read_text())

@@ -118,6 +118,7 @@ def test_primus_equals_the_reference(shape, channels, registers, train):
     assert difference(encoder(crop).last_hidden_state, tokens_of(network, crop)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["S", "B", "M", "L"])
 def test_primus_of_the_published_sizes_equals_the_reference(size):
     numbers = tuple(PRIMUS_SIZES[size].values())
@@ -168,6 +169,7 @@ def test_masked_primus_equals_the_reference_through_its_restore_step(registers, 
     assert difference(seen[0], theirs) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resenc_l_equals_the_reference(channels, train):

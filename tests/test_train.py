@@ -27,6 +27,8 @@ from training.metrics import read_metrics
 from training.output import choose_output
 from training.recipe import load_recipe
 
+pytestmark = pytest.mark.slow  # each test is a run of the script
+
 DEMO = ROOT / "recipes" / "demo.yaml"
 
 

@@ -17,7 +17,7 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     """The text of the card.
 
     Args:
-        facts: of the pretraining: `recipe`, `step`, `volumes`, `hours`, `ranks`, `engine`, `losses`, `weights`,
+        facts: of the pretraining: `recipe`, `step`, `volumes`, `hours`, `engine`, `losses`, `weights`,
             `init_from`, `versions`, `commit`; what is missing is said to be unknown.
         where: the folder or Hub id to load from, for the examples.
         license: SPDX name of the weights' licence, if its author has stated one.
@@ -34,7 +34,7 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name} encoder, pretrained with Consistent View Alignment",
-        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:.1f} M parameters) for medical volumes, pretrained "
+        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:.3g} M parameters) for medical volumes, pretrained "
         "without labels by masked autoencoding, dense alignment of two overlapping views and image-level contrast.",
         _use(encoder, where),
         nnunet,
@@ -133,8 +133,8 @@ def _training(facts: dict) -> str:
     return f"""## Training
 
 Recipe `{recipe["name"]}`, {facts["step"]} of {recipe["train"]["steps"]} steps of {recipe["train"]["batch_size"]}
-volumes, drawn from {seen}, {start}: {facts["hours"]:.1f} hours, {facts["engine"]}, {facts["ranks"]}
-rank{"s" if facts["ranks"] != 1 else ""}. The weights are the {source}. Losses reached:
+volumes, drawn from {seen}, {start}: {facts["hours"]:.2g} hours on {facts["engine"]}. The weights are the {source}.
+Losses reached:
 
 | term | value |
 |---|---|

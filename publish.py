@@ -13,7 +13,7 @@ Once you have seen it there, for everyone:
 
     python publish.py runs/primus_m --to hub:ORG/NAME --license cc-by-4.0 --public
 
-RUN is an OUTPUT of train_cva.py, finished or not; ENCODER a folder that it wrote or one from the Hub. The bundle holds
+RUN is an OUTPUT of train_cva.py, finished or not; ENCODER a folder: a run's encoder/, or a bundle. The bundle holds
 config.json, model.safetensors and the code for `AutoModel`, preprocessor_config.json for `AutoImageProcessor`,
 checkpoint_final.pth and adaptation_plan.json for nnU-Net, and the model card.
 
@@ -31,19 +31,33 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedModel
 
 from models import load_encoder
 from models.conversion import reference_names
 from models.nnunet import adaptation_plan, checkpoint, unet_decoder
-from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT, RUN_WEIGHTS, read_weights
-from training.command_line import run
+from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT, RUN_WEIGHTS
+from models.weight_files import read_json, read_weights
+from training.command_line import is_for_the_user, run
 from training.export import FACTS, read_run_weights, replace_folder, write_encoder
 from training.model_card import model_card, nnunet_section
 
 PLAN = "adaptation_plan.json"
-HUB_OWN = {".gitattributes", "README.md"}  # what a repository made by hand may hold already
+BUNDLE = {  # and the architecture's own two
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "configuration_encoder.py",
+    "image_processing_volume.py",
+    "modeling_encoder.py",
+    "nifti.py",
+    "preprocessor_config.json",
+    ENCODER_WEIGHTS,
+    FACTS,
+    NNUNET_CHECKPOINT,
+    PLAN,
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,31 +85,36 @@ def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dic
         why = "this run has not reached its first checkpoint" if is_run else "neither config.json nor recipe.yaml"
         raise ValueError(f"{source}: holds no encoder ({why})")
     encoder = load_encoder(folder)
-    if not encoder.config.preprocessing:
+    if not {"orientation", "spacing", "crop_size"} <= (encoder.config.preprocessing or {}).keys():
         raise ValueError(f"{folder}: its config.json does not say how volumes are prepared; add `preprocessing` to it")
-    facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
+    facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    is_resenc = encoder.config.model_type == "resenc"
     if not is_run:
         if weights and weights != facts.get("weights"):
             raise ValueError(f"{source}: an encoder holds one set of weights; name the run to choose the {weights}'s")
-        return encoder, facts, bundled_decoder(source, encoder) if facts.get("decoder") == "pretrained" else None
+        in_bundle = is_resenc and facts.get("decoder") == "pretrained"
+        return encoder, facts, bundled_decoder(source, encoder) if in_bundle else None
+    if not is_resenc and weights != "teacher":
+        return encoder, facts, None
     tensors, step = read_run_weights(source / RUN_WEIGHTS)
-    if step != facts["step"]:
+    if step != facts.get("step"):
         raise ValueError(
             f"{source}: {RUN_WEIGHTS} and encoder/ are of different steps (the run was stopped between the two): "
             "go on with --resume auto until the next checkpoint"
         )
-    decoder = below(tensors, "student.decoder.") if encoder.config.model_type == "resenc" else None
     if weights == "teacher":
         encoder.load_state_dict(below(tensors, "teacher.features.encoder."))
         facts["weights"] = "teacher"
-    return encoder, facts, decoder
+    return encoder, facts, below(tensors, "student.decoder.") if is_resenc else None
 
 
 def bundled_decoder(folder: Path, encoder: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The U-Net decoder in a bundle's checkpoint, so that a bundle can be published again."""
     theirs, _ = read_weights(folder / NNUNET_CHECKPOINT)
-    names = unet_decoder(encoder.config).state_dict()
-    return {name: theirs[reference_names(f"decoder.{name}", encoder.config)[0]] for name in names}
+    names = {n: reference_names(f"decoder.{n}", encoder.config)[0] for n in unet_decoder(encoder.config).state_dict()}
+    if missing := set(names.values()) - theirs.keys():
+        raise ValueError(f"{folder / NNUNET_CHECKPOINT}: damaged, {missing.pop()} is missing")
+    return {name: theirs[reference] for name, reference in names.items()}
 
 
 def below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -114,7 +133,10 @@ def write_bundle(
     where = where.removeprefix("hub:")
     nnunet = nnunet_section(encoder, where, on_hub, decoder is not None)
     write_encoder(encoder, facts, model_card(encoder, facts, where, license, nnunet), folder)
-    torch.save(checkpoint(encoder, decoder, name), folder / NNUNET_CHECKPOINT)
+    try:
+        torch.save(checkpoint(encoder, decoder, name), folder / NNUNET_CHECKPOINT)
+    except RuntimeError as error:  # so torch reports a full disk
+        raise OSError(f"{NNUNET_CHECKPOINT}: {error}") from error
     (folder / PLAN).write_text(json.dumps(adaptation_plan(encoder.config, name), indent=1))
 
 
@@ -122,10 +144,12 @@ def write_bundle(
 
 
 def check_overwrite(where: str, files: set[str], model_type: str | None, encoder: PreTrainedModel) -> None:
-    """Raise ValueError unless the place is empty, or holds a bundle of the same architecture."""
-    if files - HUB_OWN and (not {PLAN, FACTS, "config.json"} <= files or model_type != encoder.config.model_type):
-        found = ", ".join(sorted(files)[:3])
-        raise ValueError(f"--to {where} holds something else ({found}, ...): choose another place")
+    """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
+    kind = encoder.config.model_type
+    bundle = {*BUNDLE, f"modeling_{kind}.py", f"configuration_{kind}.py"}
+    if files and (not {PLAN, FACTS, "config.json"} <= files or files - bundle or model_type != kind):
+        found = ", ".join(sorted(files - bundle or files)[:3])
+        raise ValueError(f"--to {where} holds something else ({found}): choose another place")
 
 
 def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -> str:
@@ -137,31 +161,33 @@ def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -
     Raises:
         ValueError: if the Hub refuses, or the repository holds something else.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"--to hub:{repo_id} is not a Hub id: write hub:ORG/NAME")
     api = HfApi()  # finds the token itself: HF_TOKEN, or what `hf auth login` stored
     try:
         api.create_repo(repo_id, private=not public, exist_ok=True)
         info = api.repo_info(repo_id)
-        files = {sibling.rfilename for sibling in info.siblings}
-        model_type = None
+        files = {sibling.rfilename for sibling in info.siblings} - {".gitattributes"}
+        known = {}
         if "config.json" in files:
-            config = api.hf_hub_download(repo_id, "config.json", revision=info.sha)
-            model_type = json.loads(Path(config).read_text()).get("model_type")
-        check_overwrite(f"hub:{repo_id}", files, model_type, encoder)
+            known = read_json(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)))
+        check_overwrite(f"hub:{repo_id}", files, known.get("model_type"), encoder)
         operations = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
         commit = api.create_commit(repo_id, operations, commit_message="Publish the encoder", parent_commit=info.sha)
         if public and info.private:
             api.update_repo_settings(repo_id, visibility="public")
         elif not public and not info.private:
             print(f"note        {repo_id} was public and stays so")
-    except LocalTokenNotFoundError:
-        raise ValueError("no token for the Hub: run `hf auth login`, or set HF_TOKEN") from None
-    except HFValidationError:
-        raise ValueError(f"--to hub:{repo_id} is not a Hub id: write hub:ORG/NAME") from None
-    except (HfHubHTTPError, RuntimeError, ConnectionError) as error:
+    except ValueError as error:
+        if is_for_the_user(error):
+            raise
+        raise ValueError(f"the Hub did not take {repo_id} ({type(error).__name__}): check HF_TOKEN") from None
+    except Exception as error:  # the network's errors differ from one client to the next
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        hint = "log in with `hf auth login`, or set HF_TOKEN" if status in (401, 403) else "try again"
-        reason = str(cause).strip().splitlines()[0]
+        no_token = status in (401, 403) or isinstance(error, LocalTokenNotFoundError)
+        hint = "log in with `hf auth login`, or set HF_TOKEN" if no_token else "try again"
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"the Hub did not take {repo_id} ({reason}): {hint}; files that arrived are kept") from None
     return commit.commit_url
 
@@ -172,19 +198,18 @@ def main(arguments: argparse.Namespace) -> None:
     write = partial(write_bundle, encoder, facts, decoder, arguments.to, arguments.license)
     if arguments.to.startswith("hub:"):
         repo_id = arguments.to.removeprefix("hub:")
-        with TemporaryDirectory() as folder:
-            write(Path(folder))
-            place = upload(Path(folder), repo_id, arguments.public, encoder)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "bundle"
+            replace_folder(folder, write)
+            place = upload(folder, repo_id, arguments.public, encoder)
     else:
-        folder, repo_id = Path(arguments.to), arguments.to
-        if folder.exists():
-            if not folder.is_dir():
-                raise ValueError(f"--to {folder} is a file: name a folder")
-            files = {file.name for file in folder.iterdir()}
-            model_type = load_encoder(folder).config.model_type if ENCODER_WEIGHTS in files else None
-            check_overwrite(arguments.to, files, model_type, encoder)
-        replace_folder(folder, write)
-        place = folder
+        place, repo_id = Path(arguments.to), arguments.to
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--to {place} is a file: name a folder")
+        files = {file.name for file in place.iterdir()} if place.exists() else set()
+        known = read_json(place / "config.json") if "config.json" in files else {}
+        check_overwrite(arguments.to, files, known.get("model_type"), encoder)
+        replace_folder(place, write)
     print(f"published   {place}")
     print(f'transformers AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)')
 

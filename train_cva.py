@@ -199,13 +199,8 @@ def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.opt
     )
 
 
-def resume(accelerator: Accelerator, folder: Path, meta: dict) -> int:
-    """Load the newest complete checkpoint; returns the step to go on from, 0 if there is none."""
-    newest = newest_checkpoint(folder)
-    if newest is None:
-        accelerator.print(f"resume      no complete checkpoint in {folder}: starting from the first step")
-        return 0
-    path, saved = newest
+def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict) -> int:
+    """Load a checkpoint that was `saved` by this run; returns the step to go on from."""
     if saved["data"] != meta["data"]:
         raise ValueError(
             f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
@@ -296,8 +291,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     # model
     model = build_model(recipe)
-    if arguments.init_from and not (arguments.resume and newest_checkpoint(output / "checkpoints")):
-        report = load_pretrained(model.student, arguments.init_from, arguments.init_token_order)
+    newest = newest_checkpoint(output / "checkpoints") if arguments.resume else None
+    init_from = newest[1].get("init_from") if newest else arguments.init_from
+    if newest and arguments.init_from not in (None, init_from):
+        raise ValueError(f"--init-from {arguments.init_from}: the run to resume started from {init_from}")
+    if init_from and not newest:
+        report = load_pretrained(model.student, init_from, arguments.init_token_order)
         model.update_teacher(momentum=0.0)  # the teacher starts as the student
         if os.environ.get("RANK", "0") == "0":
             print(f"init        {report}")
@@ -334,7 +333,7 @@ def main(arguments: argparse.Namespace) -> None:
         "engine": describe_engine(accelerator),
         "data": fingerprint,
         "recipe": recipe.model_dump(mode="json"),
-        "init_from": arguments.init_from,
+        "init_from": init_from,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -342,8 +341,10 @@ def main(arguments: argparse.Namespace) -> None:
         },
         "commit": current_commit(),
     }
-    if arguments.resume:
-        first_step = resume(accelerator, output / "checkpoints", meta)
+    if newest:
+        first_step = resume(accelerator, *newest, meta)
+    elif arguments.resume:
+        accelerator.print(f"resume      no complete checkpoint in {output}: starting from the first step")
     if accelerator.is_main_process:
         recipe.save(output / "recipe.yaml")
     accelerator.init_trackers(

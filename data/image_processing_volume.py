@@ -29,13 +29,13 @@ class VolumeImageProcessor(ImageProcessingMixin):
 
     def __init__(self, orientation="RAS", spacing=(1.0, 1.0, 1.0), crop_size=(160, 160, 160), **kwargs):
         super().__init__(**kwargs)
-        if not all(isinstance(n, int) and 0 < n <= MOST_VOXELS for n in crop_size) or len(crop_size) != 3:
-            raise ValueError(f"crop_size {crop_size} must be three positive integers, no more than {MOST_VOXELS}")
+        if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
+            raise ValueError(f"orientation {orientation!r} must name each axis once, such as RAS")
         if len(spacing) != 3 or not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in spacing):
             raise ValueError(f"spacing {spacing} must be three sizes in mm")
         self.orientation = orientation
         self.spacing = list(spacing)
-        self.crop_size = list(crop_size)
+        self.crop_size = voxels(crop_size)
 
     def prepare(self, image, spacing=None):
         """The whole prepared volume, float32 `[X, Y, Z]`; sliding windows and random crops are cut from it.
@@ -63,10 +63,24 @@ class VolumeImageProcessor(ImageProcessingMixin):
             crop_size: another size in voxels, or "whole" for all of one volume, which need not divide by the
                 encoder's cells then.
         """
-        volumes = [self.prepare(image, spacing) for image in (images if isinstance(images, list) else [images])]
-        size = crop_size or self.crop_size
-        crops = [volume if size == "whole" else center_crop(volume, size) for volume in volumes]
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        volumes = [self.prepare(image, spacing) for image in images]
+        if isinstance(crop_size, str) and crop_size == "whole":
+            size = volumes[0].shape
+            if any(volume.shape != size for volume in volumes):
+                raise ValueError("whole volumes of different sizes make no batch: give them one at a time")
+        else:
+            size = voxels(self.crop_size if crop_size is None else crop_size)
+        crops = [center_crop(volume, size) for volume in volumes]
         return BatchFeature({"pixel_values": np.stack(crops)[:, None]}, tensor_type=return_tensors)
+
+
+def voxels(size):
+    """`size` as a list of three numbers of voxels; ValueError if it is something else."""
+    size = [int(n) if isinstance(n, (int, np.integer)) else 0 for n in np.ravel(size).tolist()]
+    if len(size) != 3 or not all(0 < n <= MOST_VOXELS for n in size):
+        raise ValueError(f"crop_size {size} must be three numbers of voxels, no more than {MOST_VOXELS}")
+    return size
 
 
 def center_crop(volume, size):

@@ -1,6 +1,5 @@
 """The networks, and how a set of numbers becomes one of them."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from .masked_primus import MaskedPrimus
 from .masked_resenc import DENSE_STRIDE, MaskedResEnc
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
-from .warm_start import ENCODER_WEIGHTS, read_weights
+from .warm_start import ENCODER_WEIGHTS
+from .weight_files import read_json, read_weights
 
 __all__ = [
     "DENSE_STRIDE",
@@ -46,20 +46,23 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     Raises:
         ValueError: if the folder holds no encoder of ours, or a damaged one.
     """
+    numbers = read_json(folder / "config.json")
+    model_type = numbers.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ENCODERS:
+        raise ValueError(f"{folder}: its config.json is of another kind of model ({model_type!r})")
+    config_class, model_class = ENCODERS[model_type]
     try:
-        numbers = json.loads((folder / "config.json").read_text())
-        config_class, model_class = ENCODERS[numbers.get("model_type")]
-    except (OSError, json.JSONDecodeError, KeyError):
-        raise ValueError(f"{folder}: config.json is not there, damaged, or of another kind of model") from None
-    encoder = model_class(config_class.from_dict(numbers))
+        config = config_class.from_dict(numbers)
+    except TypeError as error:  # a number where a list belongs, a text where a number belongs
+        raise ValueError(f"{folder}: config.json is damaged ({error})") from None
+    encoder = model_class(config)
     index = folder / f"{ENCODER_WEIGHTS}.index.json"
     weights, _ = read_weights(index if index.is_file() else folder / ENCODER_WEIGHTS)
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder}: the weights are not those of config.json ({str(error).splitlines()[-1].strip()})"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{folder}: the weights are not those of config.json ({reason})") from None
     return encoder
 
 

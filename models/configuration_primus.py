@@ -4,13 +4,14 @@ from math import prod
 
 from transformers import PretrainedConfig
 
+from .configuration_encoder import check_parameters, whole
+
 PRIMUS_SIZES = {
     "S": {"hidden_size": 396, "num_hidden_layers": 12, "num_attention_heads": 6},
     "B": {"hidden_size": 792, "num_hidden_layers": 12, "num_attention_heads": 12},
     "M": {"hidden_size": 864, "num_hidden_layers": 16, "num_attention_heads": 12},
     "L": {"hidden_size": 1056, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
-MOST_PARAMETERS = 10**10  # a configuration file that asks for more is damaged or hostile
 
 
 class PrimusConfig(PretrainedConfig):
@@ -41,22 +42,24 @@ class PrimusConfig(PretrainedConfig):
         preprocessing=None,
         **kwargs,
     ):
-        image_size, patch_size = list(image_size), list(patch_size)
-        sizes = [*image_size, *patch_size, num_channels, hidden_size, num_hidden_layers, num_attention_heads]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError("the sizes, layers and heads of a Primus must be positive integers")
-        if len(image_size) != 3 or len(patch_size) != 3 or any(i % p for i, p in zip(image_size, patch_size)):
+        image_size = whole("image_size", image_size, 4096, length=3)
+        patch_size = whole("patch_size", patch_size, 128, length=3)
+        whole("num_channels and num_attention_heads", [num_channels, num_attention_heads], 1024)
+        whole("hidden_size", [hidden_size], 2**16)
+        whole("num_hidden_layers", [num_hidden_layers], 1000)
+        whole("num_register_tokens + 1", [num_register_tokens + 1], 1024)
+        if any(i % p for i, p in zip(image_size, patch_size)):
             raise ValueError(f"image_size {image_size} must be three multiples of patch_size {patch_size}")
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 6:
             raise ValueError(
                 f"hidden_size {hidden_size} over {num_attention_heads} heads must give a head size that is a multiple "
                 "of 6: the 3D rotary embedding turns one pair of channels an axis and frequency"
             )
-        layer = (4 + 3 * mlp_ratio) * hidden_size**2
+        if not (0 < mlp_ratio <= 100 and 0 <= drop_path_rate < 1):
+            raise ValueError(f"mlp_ratio={mlp_ratio} must be in (0, 100], drop_path_rate={drop_path_rate} in [0, 1)")
         tokens = prod(i // p for i, p in zip(image_size, patch_size))
-        parameters = num_hidden_layers * layer + (tokens + num_channels * prod(patch_size)) * hidden_size
-        if parameters > MOST_PARAMETERS:
-            raise ValueError(f"this configuration asks for {parameters:.1e} parameters: damaged, or not for Primus")
+        layers = num_hidden_layers * (4 + 3 * mlp_ratio) * hidden_size**2
+        check_parameters(layers + (tokens + num_channels * prod(patch_size)) * hidden_size)
         self.image_size = image_size
         self.patch_size = patch_size
         self.num_channels = num_channels

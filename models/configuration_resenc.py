@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-MOST_PARAMETERS = 10**10  # a configuration file that asks for more is damaged or hostile
+from .configuration_encoder import check_parameters, whole
 
 
 class ResEncConfig(PretrainedConfig):
@@ -26,18 +26,20 @@ class ResEncConfig(PretrainedConfig):
         preprocessing=None,
         **kwargs,
     ):
+        self.image_size = whole("image_size", image_size, 4096, length=3)
+        self.num_channels = whole("num_channels", [num_channels], 1024)[0]
+        self.hidden_sizes = whole("hidden_sizes", hidden_sizes, 2**16)
+        self.strides = whole("strides", strides, 16)
+        self.depths = whole("depths", depths, 1000)
         if not len(hidden_sizes) == len(strides) == len(depths):
             raise ValueError("hidden_sizes, strides and depths must have one entry a stage")
-        if not all(isinstance(n, int) and n > 0 for n in (*image_size, num_channels, *hidden_sizes, *strides, *depths)):
-            raise ValueError("the sizes, strides and depths of a ResEnc must be positive integers")
-        parameters = sum(54 * depth * width**2 for depth, width in zip(depths, hidden_sizes))
-        if parameters > MOST_PARAMETERS:
-            raise ValueError(f"this configuration asks for {parameters:.1e} parameters: damaged, or not for ResEnc")
-        self.image_size = list(image_size)
-        self.num_channels = num_channels
-        self.hidden_sizes = list(hidden_sizes)
-        self.strides = list(strides)
-        self.depths = list(depths)
+        check_parameters(
+            sum(54 * depth * width**2 for depth, width in zip(depths, hidden_sizes))
+            + sum(
+                fine * coarse * stride**3 for fine, coarse, stride in zip(hidden_sizes, hidden_sizes[1:], strides[1:])
+            )
+            + 27 * num_channels * hidden_sizes[0]
+        )
         self.norm_eps = norm_eps
         self.preprocessing = preprocessing
         super().__init__(**kwargs)

@@ -3,6 +3,7 @@
 Names only are theirs to know: nnssl checkpoints, nnU-Net networks and adaptation plans all use them.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -103,11 +104,11 @@ def from_reference(
     Raises:
         ValueError: if a tensor of the encoder is missing or of another shape; the decoder's may be.
     """
-    prefix = _prefix(theirs, config.model_type)
+    prefix = reference_prefix(theirs, config.model_type)
     names = {name: [prefix + n for n in reference_names(name, config)] for name in wanted}
     found = select(theirs, names, wanted, config, image_size)
     if token_order == "yxz":
-        found.weights = _from_yxz(found.weights, config)
+        found.weights = _from_yxz(found.weights, config, image_size)
         found.changed.append("tokens reordered from yxz to xyz")
     return found
 
@@ -145,8 +146,12 @@ def select(
     return found
 
 
-def _prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
-    """What stands before the reference's names: nothing, or a wrapper's name."""
+def reference_prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
+    """What stands before the reference's names: nothing, or a wrapper's name.
+
+    Raises:
+        ValueError: if the file holds no encoder of this type under their names, or several.
+    """
     anchor = ANCHORS[model_type]
     prefixes = {n.removesuffix(anchor) for n in theirs if n.endswith(anchor) and not n.endswith("decoder." + anchor)}
     prefixes = {p for p in prefixes if not p or p.endswith(".")}
@@ -154,7 +159,7 @@ def _prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
         return "" if "" in prefixes else prefixes.pop()
     for other in ANCHORS.keys() - {model_type}:
         if any(name.endswith(ANCHORS[other]) for name in theirs):
-            raise ValueError(f"these are the weights of a {other}, the recipe's encoder is a {model_type}")
+            raise ValueError(f"these are the weights of a {other}, our encoder is a {model_type}")
     if prefixes:
         raise ValueError(f"the file holds several encoders ({', '.join(sorted(prefixes))}): keep one of them")
     raise ValueError(f"no {model_type} encoder in the file: 0 tensors would be loaded (looked for {anchor})")
@@ -173,8 +178,9 @@ def _fit(
         return tensor
     if name in ("patch_embed.weight", "stem.conv.weight") and tensor.shape[2:] == shape[2:] and len(tensor) == shape[0]:
         old, new = tensor.shape[1], shape[1]
-        changed.append(f"input channels repeated from {old} to {new}")
-        return tensor[:, torch.arange(new) % old] * old / new
+        if new % old == 0:
+            changed.append(f"input channels repeated from {old} to {new}")
+            return tensor.repeat(1, new // old, 1, 1, 1) * old / new
     if name.endswith("position_embedding") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
         registers = config.num_register_tokens if name.startswith("transformer.") else 0
         before, tokens = tensor.tensor_split([registers], dim=1)
@@ -189,27 +195,29 @@ def _fit(
 
 
 def _grid(tokens: int, config: PretrainedConfig, image_size: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Their grid of tokens: as their crop says, else a cube."""
-    side = round(tokens ** (1 / 3))
-    grid = tuple(i // p for i, p in zip(image_size, config.patch_size)) if image_size else (side,) * 3
-    return grid if grid[0] * grid[1] * grid[2] == tokens else None
+    """Their grid of tokens: as their crop says, else a cube; None if it is neither."""
+    cube = (round(tokens ** (1 / 3)),) * 3
+    told = tuple(i // p for i, p in zip(image_size, config.patch_size)) if image_size else cube
+    return next((grid for grid in (told, cube) if math.prod(grid) == tokens), None)
 
 
-def _from_yxz(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
+def _from_yxz(
+    weights: dict[str, torch.Tensor], config: PretrainedConfig, image_size: tuple[int, ...] | None
+) -> dict[str, torch.Tensor]:
     """Renumber the tokens of weights trained with the second axis slowest, so that the features stay the same.
 
     The position embedding is transposed. The rotary embedding turned the first third of each head's channels with the
     second axis and the second third with the first: these channels of queries and keys change places.
     """
-    x, y, _ = config.grid_size
-    if x != y:
-        raise ValueError(f"tokens in the order yxz can be converted only for grids with X = Y, not {config.grid_size}")
+    for grid in (config.image_size, image_size or config.image_size):
+        if grid[0] != grid[1]:
+            raise ValueError(f"tokens in the order yxz can be converted only for crops with X = Y, not {list(grid)}")
     return {name: _swap(name, tensor, config) for name, tensor in weights.items()}
 
 
 def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     if name.endswith("position_embedding"):
-        registers = tensor.shape[1] - config.grid_size[0] * config.grid_size[1] * config.grid_size[2]
+        registers = tensor.shape[1] - math.prod(config.grid_size)
         before, tokens = tensor.tensor_split([registers], dim=1)
         tokens = tokens.unflatten(1, config.grid_size).transpose(1, 2).flatten(1, 3)
         return torch.cat((before, tokens), dim=1)

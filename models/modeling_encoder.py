@@ -30,16 +30,19 @@ class Encoder(PreTrainedModel):
 
     @torch.no_grad()
     def resize_input_channels(self, num_channels):
-        """Let the encoder read `num_channels` channels: the first convolution's kernels are repeated over them.
+        """Let the encoder read `num_channels` channels, a multiple of its own: its first kernels are repeated.
 
         The kernels are scaled by old / new, so that equal channels give the features of one (nnU-Net's rule).
         Returns the encoder.
+
+        Raises:
+            ValueError: if `num_channels` is not such a multiple.
         """
         conv, old = self.get_input_embeddings(), self.config.num_channels
-        if num_channels < 1:
-            raise ValueError(f"num_channels={num_channels} must be at least 1")
-        repeated = conv.weight[:, torch.arange(num_channels, device=conv.weight.device) % old]
-        conv.weight = nn.Parameter(repeated * old / num_channels, requires_grad=conv.weight.requires_grad)
+        if num_channels < 1 or num_channels % old:
+            raise ValueError(f"num_channels={num_channels} must be a multiple of the {old} that this encoder reads")
+        repeated = conv.weight.repeat(1, num_channels // old, 1, 1, 1) * old / num_channels
+        conv.weight = nn.Parameter(repeated, requires_grad=conv.weight.requires_grad)
         conv.in_channels = self.config.num_channels = num_channels
         return self
 

@@ -59,7 +59,9 @@ class InputNorm(nn.LayerNorm):
 
     def forward(self, x):
         x, device = super().forward(x), x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return x.to(torch.get_autocast_dtype(device))
+        return x
 
 
 class PrimusAttention(nn.Module):
@@ -168,7 +170,7 @@ class PrimusTransformer(nn.Module):
         """
         registers = self.num_register_tokens
         if registers:
-            tokens = torch.cat((self.register_tokens.expand(len(tokens), -1, -1), tokens), dim=1)
+            tokens = torch.cat((self.register_tokens.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         tokens = tokens + self.positions(grid_size)
         head_size = self.config.hidden_size // self.num_heads
         turns = rotary_turns(grid_size, head_size, self.config.rope_theta, tokens, registers)

@@ -51,7 +51,7 @@ class ResEncBlock(GradientCheckpointingLayer):
     def forward(self, x):
         residual = x if self.stride == 1 else average_pool(x, self.stride)
         residual = residual if self.skip is None else self.skip(residual)
-        return F.leaky_relu(self.conv2(self.conv1(x)) + residual, inplace=True)
+        return F.leaky_relu(self.conv2(self.conv1(x)).add_(residual), inplace=True)
 
 
 def init_resenc_weights(module):
@@ -112,8 +112,11 @@ class ResEncModel(Encoder):
         """
         self._check_crop(pixel_values, (math.prod(self.config.strides),) * 3)
         deepest = self._deepest(stages)
+        stride = math.prod(self.config.strides[:deepest])
+        if max(pixel_values.shape[2:]) <= stride:
+            raise ValueError(f"crops need {2 * stride} voxels along one axis: instance norm cannot normalise one cell")
         all_stages = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        wanted = set(stages or ()) | set(self.config.stage_names if all_stages else ())
+        wanted = set(stages or ()) | set(self.config.stage_names[1:] if all_stages else ())
         x, maps = pixel_values, {}
         for name, layer in zip(self.config.stage_names[: deepest + 1], (self.stem, *self.stages)):
             x = layer(x)
@@ -123,6 +126,8 @@ class ResEncModel(Encoder):
         return EncoderOutput(
             last_hidden_state=x if ended else None,
             pooler_output=x.mean(dim=(2, 3, 4)) if ended else None,
-            hidden_states=tuple(x for name, x in maps.items() if name != "stem") if all_stages else None,
+            hidden_states=tuple(maps[name] for name in self.config.stage_names[1 : deepest + 1])
+            if all_stages
+            else None,
             feature_maps=None if stages is None else {name: maps[name] for name in stages},
         )

@@ -4,6 +4,8 @@ nnU-Net's fine-tuning path builds the network that the plan names and loads enco
 keys. Its older `-pretrained_weights` demands every tensor of the network but the segmentation layers.
 """
 
+import warnings
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -35,6 +37,12 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
         ValueError: if nnU-Net has no such network.
     """
     spacing, patch_size = config.preprocessing["spacing"], list(config.image_size)
+    if len(set(spacing)) > 1 and config.preprocessing["orientation"][0] not in "SI":
+        warnings.warn(
+            f"nnU-Net reads volumes as [Z, Y, X], and will take the spacing {spacing} in that order, not in that of "
+            f"{config.preprocessing['orientation']}: choose its spacing by hand there",
+            stacklevel=2,
+        )
     isotropic = spacing == [1.0, 1.0, 1.0]
     resampling = {"order_z": 0, "force_separate_z": None}
     configuration = {

@@ -1,26 +1,25 @@
 """Start from weights that exist: our own encoders and runs, nnssl / OpenMind checkpoints, nnU-Net's format."""
 
-import json
-import pickle
 import re
 from collections import Counter
 from pathlib import Path
 
 import torch
 from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
+from transformers import PretrainedConfig
 
-from .conversion import DECODERS, Conversion, from_reference, select
+from .conversion import DECODERS, Conversion, from_reference, reference_prefix, select
+from .weight_files import read_json, read_weights
 
 RUN_WEIGHTS = "pretraining.safetensors"  # a run's whole composite: student, teacher, heads
 ENCODER_WEIGHTS = "model.safetensors"
 NNUNET_CHECKPOINT = "checkpoint_final.pth"
+FILES = (RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", f"encoder/{ENCODER_WEIGHTS}", NNUNET_CHECKPOINT)
 OURS = ("patch_embed.weight", "stem.conv.weight")  # one of these is in every encoder of ours
-XYZ_TRAINERS = ("Aligned", "Con", "Gram", "Consistent")  # CVA's published trainers, and ours
-YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE")  # nnssl's masked autoencoders
+# trainers whose Primus numbers its tokens with the first axis slowest, and with the second
+XYZ_TRAINERS = ("Aligned", "ConMAE", "ConsistentViewAlignment", "Gram", "SimMIM")
+YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva")
 
 
 def load_pretrained(student: nn.Module, source: str, token_order: str | None = None) -> str:
@@ -37,12 +36,12 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
         ValueError: if the source cannot be read safely, or a tensor of the encoder would not be loaded.
     """
     path = find(source)
-    weights, about = read_weights(path)
+    weights, content = read_weights(path)
     encoder = student.features.encoder
     wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     wanted |= {name: tensor.shape for name, tensor in student.state_dict().items() if name.startswith(DECODERS)}
     try:
-        found = _convert(weights, about, wanted, encoder.config, token_order)
+        found = _convert(weights, _about(path, content), wanted, encoder.config, token_order)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     encoder.load_state_dict({name: w for name, w in found.weights.items() if not name.startswith(DECODERS)})
@@ -51,17 +50,37 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
     return _report(path, found, rest.keys(), wanted.keys())
 
 
-def _convert(weights, about, wanted, config, token_order) -> Conversion:
-    weights = {name.removeprefix("student."): w for name, w in weights.items() if not name.startswith("teacher.")}
-    weights = {name.removeprefix("features.encoder."): w for name, w in weights.items()}
-    image_size = about.get("image_size")
-    if any(name in weights for name in OURS):
+def _convert(
+    weights: dict[str, torch.Tensor],
+    about: dict,
+    wanted: dict[str, torch.Size],
+    config: PretrainedConfig,
+    token_order: str | None,
+) -> Conversion:
+    weights = {name.replace("_orig_mod.", ""): w for name, w in weights.items()}  # torch.compile's mark
+    ours = _ours(weights)
+    if ours is not None:
         if about.get("model_type", config.model_type) != config.model_type:
-            raise ValueError(f"it is a {about['model_type']}, the recipe's encoder is a {config.model_type}")
-        return select(weights, {name: [name] for name in wanted}, wanted, config, image_size)
-    if config.model_type == "primus" and token_order is None:
-        token_order = _token_order(about.get("trainer_name") or "")
-    return from_reference(weights, wanted, config, token_order or "xyz", image_size)
+            raise ValueError(f"it is a {about['model_type']}, our encoder is a {config.model_type}")
+        found = select(ours, {name: [name] for name in wanted}, wanted, config, about["image_size"])
+    else:
+        reference_prefix(weights, config.model_type)  # before a question about something that is not there
+        primus = config.model_type == "primus"
+        order = (token_order or _token_order(about["trainer_name"])) if primus else "xyz"
+        found = from_reference(weights, wanted, config, order, about["image_size"])
+    if token_order and (ours is not None or config.model_type != "primus"):
+        found.changed.append("nothing for --init-token-order: the order of these tokens is known")
+    return found
+
+
+def _ours(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The weights under the names that our encoder and student use, if they are ours."""
+    anchors = [name for name in weights if name.endswith(OURS) and "teacher." not in name]
+    if not anchors:
+        return None
+    prefix = re.sub("|".join(map(re.escape, OURS)) + "$", "", min(anchors, key=len))
+    student = prefix.removesuffix("features.encoder.")  # of a whole student the decoders are wanted too
+    return {n.removeprefix(prefix).removeprefix(student): w for n, w in weights.items() if "teacher." not in n}
 
 
 def _token_order(trainer: str) -> str:
@@ -71,8 +90,8 @@ def _token_order(trainer: str) -> str:
         return "yxz"
     raise ValueError(
         f"its trainer {trainer or '(none named)'} does not tell in which order it numbers tokens; a wrong order trains "
-        "on without an error, so say it: --init-token-order yxz for nnssl's own Primus pretraining, xyz for CVA's and "
-        "for networks of nnU-Net"
+        "on without an error, so say it: --init-token-order yxz for nnssl's masked autoencoders (EvaMAE), xyz for its "
+        "SimMIM, for CVA's own and for networks of nnU-Net"
     )
 
 
@@ -85,82 +104,51 @@ def find(source: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    files = [RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", NNUNET_CHECKPOINT]
-    if not path.is_dir():
-        try:
-            present = list_repo_files(source)
-            name = next((f for f in files if f in present), None)
-            wanted = ["config.json", name, "model-*.safetensors"] if name else ["config.json"]
-            path = Path(snapshot_download(source, allow_patterns=wanted))
-        except HFValidationError:
-            raise ValueError(f"{source}: no such file or folder, and not a Hub id (ORG/NAME)") from None
-        except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{source}: no such file or folder, and not to be had from the Hub ({reason})") from None
-    name = next((f for f in files if (path / f).is_file()), None)
+    path = path if path.is_dir() else _from_hub(source)
+    name = next((file for file in FILES if (path / file).is_file()), None)
     if name is None:
-        raise ValueError(f"{source}: holds neither {', '.join(files[:2])} nor {NNUNET_CHECKPOINT}")
+        raise ValueError(f"{source}: holds neither {RUN_WEIGHTS}, {ENCODER_WEIGHTS} nor {NNUNET_CHECKPOINT}")
     return path / name
 
 
-def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors of a file, and what it says of itself: `trainer_name`, `image_size`, `model_type`, if known.
-
-    A pickle is read with `weights_only=True`: tensors and plain values, never code.
-
-    Raises:
-        ValueError: if the file is damaged or holds anything else.
-    """
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    if path.suffix == ".safetensors":
+def _from_hub(source: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ValueError(f"{source}: no such file or folder, and not a Hub id (ORG/NAME)")
+    try:
+        present = list_repo_files(source)
+        name = next((file for file in FILES if file in present), None)
+        wanted = ["config.json", name, "model-*.safetensors"] if name else ["config.json"]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except Exception as error:  # the network's errors differ from one client to the next
         try:
-            return load_file(path), _config_beside(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds more than tensors and plain values ({culprit[1]})" if culprit else "is damaged or holds objects"
-        raise ValueError(
-            f"{path} {what}: loading it could run code, so it is refused; ask its author for a .safetensors file"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    weights = next((content[k] for k in ("network_weights", "state_dict", "model") if k in content), content)
-    weights = {name: w for name, w in weights.items() if isinstance(w, torch.Tensor)}
-    about = {"trainer_name": content.get("trainer_name")}
-    plan = content.get("nnssl_adaptation_plan") or {}
-    for configuration in ((plan.get("pretrain_plan") or {}).get("configurations") or {}).values():
-        about["image_size"] = configuration.get("patch_size")
-    return weights, about
+            return Path(snapshot_download(source, local_files_only=True))
+        except Exception:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{source}: no such file or folder, and not to be had from the Hub ({reason})") from None
 
 
-def _read_shards(index: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in names:
-        if Path(name).name != name:  # an index could name any file of this machine
-            raise ValueError(f"{index} names {name}, which is not a file beside it: refused")
-    weights = {}
-    for name in sorted(names):
-        weights |= read_weights(index.parent / name)[0]
-    return weights, _config_beside(index)
-
-
-def _config_beside(path: Path) -> dict:
+def _about(path: Path, content: dict) -> dict:
+    """What a checkpoint, or the configuration beside it, says of itself: trainer, crop, model type."""
+    trainer = content.get("trainer_name")
+    about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None}
+    plan = _dict(content.get("nnssl_adaptation_plan"))
+    configurations = _dict(_dict(plan.get("pretrain_plan")).get("configurations"))
+    sizes = [plan.get("pretrain_patch_size")]  # the plan's own word counts more, as in nnU-Net
+    sizes += [_dict(configuration).get("patch_size") for configuration in list(configurations.values())[:1]]
     beside = (path.parent / "config.json", path.parent / "encoder" / "config.json")  # the latter: in a run
-    config = next((file for file in beside if file.is_file()), None)
-    if config is None:
-        return {}
-    try:
-        known = json.loads(config.read_text())
-    except json.JSONDecodeError:
-        raise ValueError(f"{config} is damaged") from None
-    return {key: known.get(key) for key in ("model_type", "image_size") if known.get(key)}
+    for file in beside:
+        if not content and file.is_file():
+            known = read_json(file)
+            sizes.append(known.get("image_size"))
+            if isinstance(known.get("model_type"), str):
+                about["model_type"] = known["model_type"]
+            break
+    valid = [size for size in sizes if isinstance(size, (list, tuple)) and [type(n) for n in size] == [int] * 3]
+    return about | {"image_size": valid[0] if valid else None}
+
+
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def _report(path: Path, found: Conversion, decoders: set[str], wanted: set[str]) -> str:

@@ -58,7 +58,7 @@ def written(content, tmp_path):
 
 
 def build(plan, patch_size, channels, classes=3):
-    """The network that the plan asks for, built as nnU-Net does."""
+    """The network that the plan asks for, built as nnU-Net's main branch does (July 2026; in no release yet)."""
     name, numbers = plan["architecture_plans"]["arch_class_name"], plan["architecture_plans"]["arch_kwargs"]
     imported = plan["architecture_plans"]["arch_kwargs_requiring_import"]
     if name in PRIMUS:

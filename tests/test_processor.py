@@ -75,6 +75,13 @@ def test_lists_sizes_and_whole_volumes(tmp_path):
     both = processor(paths)["pixel_values"]
     assert both.shape == (2, 1, 16, 16, 16)
     assert torch.equal(both[1:], processor(paths[1])["pixel_values"])
+    assert torch.equal(processor(tuple(paths))["pixel_values"], both)
+    assert torch.equal(processor(paths, crop_size=np.array([16, 16, 16]))["pixel_values"], both)
+    with pytest.raises(ValueError, match="must be three numbers"):
+        processor(paths, crop_size=8)
+    other = save_nifti(tmp_path / "other.nii", blobs(2, (20, 21, 22)))
+    with pytest.raises(ValueError, match="one at a time"):
+        processor([paths[0], other], crop_size="whole")
     assert processor(paths[0], crop_size=(8, 16, 24))["pixel_values"].shape == (1, 1, 8, 16, 24)
     assert np.array_equal(processor(paths[0], crop_size="whole")["pixel_values"][0, 0], processor.prepare(paths[0]))
 
@@ -92,10 +99,17 @@ def test_a_volume_that_cannot_be_used_says_why(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "numbers", [{"crop_size": (10**6,) * 3}, {"crop_size": (8, 8)}, {"crop_size": (0, 8, 8)}, {"spacing": (1e-9, 1, 1)}]
+    "numbers",
+    [
+        {"crop_size": (10**6,) * 3},
+        {"crop_size": (8, 8)},
+        {"crop_size": (0, 8, 8)},
+        {"spacing": (1e-9, 1, 1)},
+        {"orientation": "XYZ"},
+    ],
 )
 def test_absurd_numbers_are_refused(numbers):
-    with pytest.raises(ValueError, match=r"must be three"):
+    with pytest.raises(ValueError, match=r"must be three|must name each axis"):
         VolumeImageProcessor(**numbers)
 
 

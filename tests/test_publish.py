@@ -44,6 +44,7 @@ FILES = {
     "adaptation_plan.json",
     "checkpoint_final.pth",
     "modeling_encoder.py",
+    "configuration_encoder.py",
     "image_processing_volume.py",
     "nifti.py",
 }
@@ -196,10 +197,24 @@ def test_a_folder_with_something_else_is_not_overwritten(runs, tmp_path):
     with pytest.raises(ValueError, match=r"holds something else \(thesis.tex"):
         publish(runs / "primus", "--to", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "old-bundle").mkdir()
     publish(runs / "primus", "--to", tmp_path / "bundle")
     publish(runs / "primus", "--to", tmp_path / "bundle")  # its own kind may be renewed
     with pytest.raises(ValueError, match="holds something else"):
         publish(runs / "resenc", "--to", tmp_path / "bundle")
+    (tmp_path / "bundle" / "notes.txt").write_text("which I took")
+    with pytest.raises(ValueError, match=r"holds something else \(notes.txt\)"):
+        publish(runs / "primus", "--to", tmp_path / "bundle")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "bundle", "old-bundle"}  # nothing more, nothing less
+
+
+def test_a_link_to_a_folder_is_followed(runs, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        publish(runs / "primus", "--to", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
 
 
 def test_what_is_not_an_encoder_is_refused(runs, tmp_path):
@@ -210,19 +225,37 @@ def test_what_is_not_an_encoder_is_refused(runs, tmp_path):
     numbers = json.loads((damaged / "config.json").read_text())
     for changes, words in (
         ({"hidden_size": 96}, "the weights are not those of config.json"),
-        ({"num_hidden_layers": 10**9}, "parameters: damaged"),
+        ({"num_hidden_layers": 10**9}, "is damaged"),
+        ({"image_size": "wide"}, "is damaged"),
+        ({"preprocessing": {"spacing": [1, 1, 1]}}, "does not say how volumes are prepared"),
         ({"model_type": "bert"}, "another kind of model"),
         ({"preprocessing": None}, "does not say how volumes are prepared"),
     ):
         (damaged / "config.json").write_text(json.dumps({**numbers, **changes}))
         with pytest.raises(ValueError, match=words):
             publish(damaged, "--to", tmp_path / "x")
-    shutil.copytree(runs / "primus", tmp_path / "torn", ignore=shutil.ignore_patterns("checkpoints", "prepared"))
+    for text in ("[]", "{bad", "\x00"):
+        (damaged / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json: damaged"):
+            publish(damaged, "--to", tmp_path / "x")
+    (damaged / "config.json").write_text(json.dumps(numbers))
+    (damaged / "pretraining.json").write_text("{bad")
+    with pytest.raises(ValueError, match=r"pretraining\.json: damaged"):
+        publish(damaged, "--to", tmp_path / "x")
+    shutil.copytree(runs / "resenc", tmp_path / "torn", ignore=shutil.ignore_patterns("checkpoints", "prepared"))
     facts = tmp_path / "torn" / "encoder" / "pretraining.json"
     facts.write_text(facts.read_text().replace('"step": 4', '"step": 2'))
     with pytest.raises(ValueError, match="are of different steps"):
         publish(tmp_path / "torn", "--to", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_encoder_of_which_little_is_known_is_published_with_what_is(runs, tmp_path):
+    shutil.copytree(runs / "primus" / "encoder", tmp_path / "encoder")
+    for facts in ('{"recipe": {"name": "x"}}', "{}"):
+        (tmp_path / "encoder" / "pretraining.json").write_text(facts)
+        publish(tmp_path / "encoder", "--to", tmp_path / "bundle")
+    assert "Nothing is known of it" in (tmp_path / "bundle" / "README.md").read_text()
 
 
 # --------------------------------------------------------------------------- the Hub
@@ -301,7 +334,11 @@ def test_the_hub_s_refusals_are_one_line_without_the_token(runs, hub):
     wrong = refused_by_command(runs / "primus", "--to", "hub:lab/brain", env={**hub.env, "HF_TOKEN": "hf_wrong_secret"})
     assert "hf auth login" in wrong
     assert "hf_wrong_secret" not in wrong
-    assert "is not a Hub id" in refused_by_command(runs / "primus", "--to", "hub:no spaces", env=hub.env)
+    for odd in ("no spaces", "brain", "a/b/c"):
+        with pytest.raises(ValueError, match="is not a Hub id"):
+            publish(runs / "primus", "--to", f"hub:{odd}")
+    nowhere = {**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert "the Hub did not take lab/brain" in refused_by_command(runs / "primus", "--to", "hub:lab/brain", env=nowhere)
     nobody = {**hub.env, "HF_TOKEN": "", "HF_TOKEN_PATH": str(hub.folder / "none")}
     assert "hf auth login" in refused_by_command(runs / "primus", "--to", "hub:lab/brain", env=nobody)
     assert not hub.repos

@@ -1,5 +1,6 @@
 """Starting from weights that others trained: what is loaded, in which order, and what is refused."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_reference import difference, randomise, reference_resenc
 from torch import nn
 
-from models import build_encoder
+from models import build_encoder, warm_start
 from models.masked_primus import MaskedPrimus
 from models.masked_resenc import MaskedResEnc
 from models.warm_start import load_pretrained
@@ -82,7 +83,8 @@ def nnssl_checkpoint(network, path, trainer=None, patch_size=None, prefix=""):
     ("order", "trainer", "said"),
     [
         ("yxz", "BaseEvaMAETrainer_BS8", None),
-        ("yxz", "VoCoEvaTrainer", "yxz"),
+        ("yxz", "VoCoEvaTrainer", None),
+        ("xyz", "SimMIMEvaTrainer", None),
         ("xyz", "AlignedMAEFTLR3EvaTrainer", None),
         ("xyz", "SimCLREvaTrainer", "xyz"),
     ],
@@ -118,8 +120,11 @@ def test_an_order_that_is_not_known_is_asked_for(tmp_path):
 
 def test_an_order_that_cannot_be_converted_is_refused(tmp_path):
     path = nnssl_checkpoint(MaskedAutoencoder((16, 24, 16), "yxz"), tmp_path / "x.pth", "BaseEvaMAETrainer")
-    with pytest.raises(ValueError, match="only for grids with X = Y"):
+    with pytest.raises(ValueError, match="only for crops with X = Y"):
         load_pretrained(primus_student((16, 24, 16)), path)
+    path = nnssl_checkpoint(MaskedAutoencoder((16, 24, 16), "yxz"), tmp_path / "x.pth", "EvaMAE", [16, 24, 16])
+    with pytest.raises(ValueError, match="only for crops with X = Y"):
+        load_pretrained(primus_student((24, 24, 16)), path)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -158,9 +163,48 @@ def test_another_crop_resizes_the_position_embedding_and_channels_are_repeated(t
     report = load_pretrained(student, path)
     assert "position embedding resized from (3, 2, 4) to (2, 4, 2) tokens" in report
     assert "input channels repeated from 1 to 2" in report
-    torch.testing.assert_close(
-        student.features.encoder.patch_embed.weight.sum(1, keepdim=True), network.down_projection.proj.weight
-    )
+    other = MaskedAutoencoder((16, 32, 16), "xyz")
+    weights = network.state_dict()
+    for part in ("eva", "decoder"):
+        position = weights[f"{part}.pos_embed"].transpose(1, 2).unflatten(2, (3, 2, 4))
+        position = nn.functional.interpolate(position, (2, 4, 2), mode="trilinear")
+        weights[f"{part}.pos_embed"] = position.flatten(2).transpose(1, 2)
+    other.load_state_dict(weights)
+    crop = torch.randn(1, 1, 16, 32, 16)
+    ours = student.features.encoder(crop.expand(-1, 2, -1, -1, -1), stages=["stage2"]).feature_maps["stage2"]
+    assert difference(ours, other.encode(crop)) < 1e-5
+
+
+def test_the_crop_of_our_own_runs_is_read_beside_the_weights(tmp_path):
+    """An encoder of a crop that is no cube: without its config.json the position embedding could not be resized."""
+    encoder = primus_student((16, 32, 24)).features.encoder
+    encoder.save_pretrained(tmp_path)
+    student = primus_student((24, 16, 16))
+    assert "resized from (2, 4, 3) to (3, 2, 2)" in load_pretrained(student, str(tmp_path))
+    crop = torch.randn(1, 1, 24, 16, 16)
+    theirs = encoder.eval()(crop).last_hidden_state
+    assert difference(student.features.encoder(crop).last_hidden_state, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "encoder.", "module.encoder."])
+def test_our_own_weights_are_known_behind_any_wrapper(prefix, tmp_path):
+    encoder = primus_student().features.encoder
+    torch.save({prefix + n: w for n, w in encoder.state_dict().items()}, tmp_path / "e.pth")
+    student = primus_student()
+    nn.init.zeros_(student.features.encoder.patch_embed.weight)
+    load_pretrained(student, str(tmp_path / "e.pth"))
+    assert torch.equal(student.features.encoder.patch_embed.weight, encoder.patch_embed.weight)
+
+
+def test_the_plan_s_own_crop_counts_more_and_a_wrong_one_is_not_believed(tmp_path):
+    network = randomise(MaskedAutoencoder((16, 16, 16), "xyz"))
+    path = nnssl_checkpoint(network, tmp_path / "voco.pth", "AlignedX", patch_size=[160, 160, 160])
+    assert "resized from (2, 2, 2) to (3, 3, 2)" in load_pretrained(primus_student(), path)
+    content = torch.load(path, weights_only=True)
+    content["nnssl_adaptation_plan"]["pretrain_patch_size"] = [32, 16, 8]
+    content["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["onemmiso"]["patch_size"] = [16, 16, 16]
+    torch.save(content, path)
+    assert "resized from (4, 2, 1) to (3, 3, 2)" in load_pretrained(primus_student(), path)
 
 
 def test_nothing_to_load_is_an_error(tmp_path):
@@ -171,8 +215,8 @@ def test_nothing_to_load_is_an_error(tmp_path):
 
 def test_the_other_architecture_and_other_sizes_are_named(tmp_path):
     resenc = nnssl_checkpoint(reference_resenc(1, RESENC), tmp_path / "resenc.pth")
-    with pytest.raises(ValueError, match="weights of a resenc, the recipe's encoder is a primus"):
-        load_pretrained(primus_student(), resenc, "xyz")
+    with pytest.raises(ValueError, match="weights of a resenc, our encoder is a primus"):
+        load_pretrained(primus_student(), resenc)
     bigger = reference_resenc(1, {**RESENC, "hidden_sizes": [4, 8, 16]})
     with pytest.raises(ValueError, match=r"not for this encoder: .*\[16, 8, 3, 3, 3\], not \[8, 8, 3, 3, 3\].* more"):
         load_pretrained(resenc_student(), nnssl_checkpoint(bigger, tmp_path / "bigger.pth"))
@@ -216,6 +260,15 @@ def test_a_path_that_climbs_out_of_the_folder_is_refused(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names \.\./elsewhere.safetensors, .* refused"):
         load_pretrained(resenc_student(), str(folder))
+    for index in (
+        {"weight_map": {"a": "model.safetensors.index.json"}},
+        {"weight_map": {"a": 3}},
+        {},
+        {"weight_map": []},
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+            load_pretrained(resenc_student(), str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04 no", b"{}"])
@@ -227,8 +280,49 @@ def test_a_damaged_file_is_named(content, suffix, tmp_path):
         load_pretrained(resenc_student(), str(path))
 
 
-@pytest.mark.parametrize("source", ["no/such/folder/at_all", "../x", "not a hub id"])
-def test_a_source_that_does_not_exist_is_named(source):
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": "a name"},
+        {"network_weights": [1, 2]},
+        {"network_weights": {1: torch.zeros(2)}},
+        {"network_weights": {"a": torch.zeros(2)}, "nnssl_adaptation_plan": []},
+        {"trainer_name": 3, "nnssl_adaptation_plan": {"pretrain_plan": {"configurations": [1]}}},
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_one_line(content, tmp_path):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="0 tensors would be loaded"):
+        load_pretrained(resenc_student(), str(tmp_path / "odd.pth"))
+
+
+def test_a_checkpoint_with_flipped_bits_is_named_or_read(tmp_path):
+    path = nnssl_checkpoint(reference_resenc(1, RESENC), tmp_path / "x.pth")
+    good = (tmp_path / "x.pth").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        damaged = bytearray(good)
+        for place in torch.randint(len(good), (20,), generator=generator).tolist():
+            damaged[place] ^= 0x55
+        (tmp_path / "x.pth").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            load_pretrained(resenc_student(), path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    network = reference_resenc(1, RESENC)
+    network.encoder.stages[0].blocks[0].conv1.conv.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="is not finite"):
+        load_pretrained(resenc_student(), nnssl_checkpoint(network, tmp_path / "nan.pth"))
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/at_all", "../x", "not a hub id", "runs/typo"])
+def test_a_source_that_does_not_exist_is_named(source, monkeypatch):
+    def offline(*arguments, **options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(warm_start, "list_repo_files", offline)
+    monkeypatch.setattr(warm_start, "snapshot_download", offline)
     with pytest.raises(ValueError, match="no such file or folder"):
         load_pretrained(resenc_student(), source)
 
@@ -253,9 +347,12 @@ def test_a_run_starts_from_another_run_and_its_teacher_with_it(volumes, tmp_path
             assert not torch.equal(tensor, first[name]), name
     facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
     assert facts["init_from"] == str(tmp_path / "first")
-    again = [*common, "--output", tmp_path / "second", "--init-from", tmp_path / "gone", "--resume", "auto"]
-    resumed = launch(*again, "teacher.momentum=1.0")
-    assert "init  " not in resumed.stdout
+    again = [*common, "--output", tmp_path / "second", "--resume", "auto", "teacher.momentum=1.0"]
+    assert "init  " not in launch(*again).stdout
+    facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
+    assert facts["init_from"] == str(tmp_path / "first")
+    other = launch(*again, "--init-from", tmp_path / "other", check=False)
+    assert "the run to resume started from" in other.stderr
 
 
 def test_a_source_without_weights_is_one_line_at_the_command_line(volumes, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import ModelCard
@@ -113,18 +114,19 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: if it cannot be written; what stood there stays.
     """
-    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"old-{folder.name}")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = folder.resolve()  # not the link, what it points to
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError, RuntimeError)):  # each library tells of a full disk in its own
-            raise OSError(f"{folder} could not be written ({error}); what was there is untouched") from error
-        raise
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            write(new)
+            if folder.exists():
+                folder.rename(old)
+            try:
+                new.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} could not be written ({error}); what was there is untouched") from error

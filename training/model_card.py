@@ -34,7 +34,7 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name} encoder, pretrained with Consistent View Alignment",
-        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:.3g} M parameters) for medical volumes, pretrained "
+        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:,.1f} M parameters) for medical volumes, pretrained "
         "without labels by masked autoencoding, dense alignment of two overlapping views and image-level contrast.",
         _use(encoder, where),
         nnunet,
@@ -69,7 +69,8 @@ def _use(encoder: PreTrainedModel, where: str) -> str:
         stage, channels, stride = f"stage{depth}", config.hidden_sizes[depth - 1], math.prod(config.strides[:depth])
         last = "feature map of the deepest stage"
     shape = f"[1, {channels}, X/{stride}, Y/{stride}, Z/{stride}]"
-    roi = list(config.image_size)
+    roi, inputs = list(config.image_size), config.num_channels
+    channels_note = f".repeat(1, {inputs}, 1, 1, 1)" if inputs > 1 else ""  # your channels, of one shape, go here
     return f"""## Use
 
 ```python
@@ -79,7 +80,7 @@ from transformers import AutoImageProcessor, AutoModel
 processor = AutoImageProcessor.from_pretrained("{where}", trust_remote_code=True)  # needs nibabel, scipy, pillow
 encoder = AutoModel.from_pretrained("{where}", trust_remote_code=True).eval()  # needs torch, transformers
 
-crop = processor("brain.nii.gz")["pixel_values"]  # the middle of the volume, {roi} voxels
+crop = processor("brain.nii.gz")["pixel_values"]{channels_note}  # the middle of the volume, {roi} voxels
 with torch.no_grad():
     output = encoder(crop)
     feature_map = encoder(crop, stages=["{stage}"]).feature_maps["{stage}"]  # {shape}
@@ -94,7 +95,7 @@ from monai.inferers import sliding_window_inference
 
 enlarge = torch.nn.Upsample(scale_factor={stride}, mode="trilinear")
 head = torch.nn.Sequential(torch.nn.Conv3d({channels}, 2, 1), enlarge)
-volume = torch.from_numpy(processor.prepare("brain.nii.gz"))[None, None]
+volume = torch.from_numpy(processor.prepare("brain.nii.gz"))[None, None]{channels_note}
 
 
 def segment(window):
@@ -123,18 +124,22 @@ The processor does this, in this order, with the code that prepared the training
 
 def _training(facts: dict) -> str:
     recipe = facts.get("recipe")
-    if not recipe:
+    if not isinstance(recipe, dict):
         return "## Training\n\nNothing is known of it: the encoder came without its record."
-    volumes = facts["volumes"]
+    volumes = facts.get("volumes", "an unknown number of")
     seen = f"{volumes} volume{'s' if volumes != 1 else ''}"
+    hours = facts.get("hours", 0.0)
+    train = recipe.get("train", {})
+    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    reached = facts.get("losses", {})
     start = f"from {facts['init_from']}" if facts.get("init_from") else "from random weights"
-    losses = "\n".join(f"| {key} | {facts['losses'][key]:.4f} |" for key in LOSSES if key in facts["losses"])
-    source = "student's: what the published results use" if facts["weights"] == "student" else "EMA teacher's"
+    losses = "\n".join(f"| {key} | {reached[key]:.4f} |" for key in LOSSES if key in reached)
+    source = "student's: what the published results use" if facts.get("weights") != "teacher" else "EMA teacher's"
     return f"""## Training
 
-Recipe `{recipe["name"]}`, {facts["step"]} of {recipe["train"]["steps"]} steps of {recipe["train"]["batch_size"]}
-volumes, drawn from {seen}, {start}: {facts["hours"]:.2g} hours on {facts["engine"]}. The weights are the {source}.
-Losses reached:
+Recipe `{recipe.get("name", "unknown")}`, {facts.get("step", "?")} of {train.get("steps", "?")} steps of
+{train.get("batch_size", "?")} volumes, drawn from {seen}, {start}: {took} on {facts.get("engine", "unknown hardware")}.
+The weights are the {source}. Losses reached:
 
 | term | value |
 |---|---|
@@ -177,8 +182,10 @@ nnUNetv2_preprocess_like_nnssl -d DATASET -n cva -pc {source} -am like_pretraine
 nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {trainer}
 ```{released}
 
-nnU-Net reads a NIfTI file as [Z, Y, X]; this encoder was trained on the axes {config.preprocessing["orientation"]}. An
-encoder pretrained with `data.orientation=SAR` has nnU-Net's order."""
+The dataset must have been planned before (`nnUNetv2_plan_and_preprocess -d DATASET --no_pp`), and with n channels the
+plan's name ends in n times `_Z`. nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on
+the axes {config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order
+for files stored as RAS."""
 
 
 def _times(numbers: tuple[float, ...]) -> str:

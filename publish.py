@@ -66,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, metavar="FOLDER|hub:ORG/NAME", help="where the bundle goes")
     parser.add_argument("--weights", choices=["student", "teacher"], help="of a run (default: student)")
     parser.add_argument("--license", help="of the weights, by its SPDX name, for the model card")
-    parser.add_argument("--public", action="store_true", help="a new repository is seen by everyone")
+    parser.add_argument("--public", action="store_true", help="make the repository one that everyone sees")
     return parser.parse_args(arguments)
 
 
@@ -125,9 +125,8 @@ def write_bundle(
     encoder: PreTrainedModel, facts: dict, decoder: dict | None, where: str, license: str | None, folder: Path
 ) -> None:
     """Fill an empty folder with the whole bundle; `where` is its folder or Hub id, for the model card's examples."""
-    facts = (
-        {**facts, "decoder": "pretrained" if decoder else "fresh"} if encoder.config.model_type == "resenc" else facts
-    )
+    if encoder.config.model_type == "resenc":
+        facts = {**facts, "decoder": "pretrained" if decoder else "fresh"}
     name = re.sub(r"\W+", "_", (facts.get("recipe") or {}).get("name") or Path(where).name)
     on_hub = where.startswith("hub:")
     where = where.removeprefix("hub:")

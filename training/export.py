@@ -105,7 +105,9 @@ def read_run_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): --resume auto writes it again") from None
+        raise ValueError(
+            f"{path} cannot be read ({error}): --resume auto writes it again, or publish encoder/ alone"
+        ) from None
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -59,7 +59,7 @@ class InputNorm(nn.LayerNorm):
 
     def forward(self, x):
         x, device = super().forward(x), x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):  # autocast knows no meta tensors
             return x.to(torch.get_autocast_dtype(device))
         return x
 

@@ -204,6 +204,12 @@ def test_other_precisions(architecture, dtype, tolerance, tmp_path):
 
 
 @both
+def test_shapes_can_be_asked_for_without_memory(architecture):
+    output = small(architecture).to("meta")(CROP.to("meta")).last_hidden_state
+    assert output.shape == small(architecture)(CROP).last_hidden_state.shape
+
+
+@both
 def test_float64_gradients_are_exact(architecture):
     changes = {"num_hidden_layers": 1} if architecture == "primus" else {"depths": [1, 1, 1]}
     encoder = small(architecture, **changes).double()

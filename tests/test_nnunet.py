@@ -12,8 +12,10 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from test_reference import difference, tokens_of
 
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel
+from models.masked_primus import MaskedPrimus
 from models.masked_resenc import MaskedResEnc
 from models.nnunet import adaptation_plan, checkpoint
+from models.warm_start import load_pretrained
 from training.export import preprocessing
 
 PRIMUS = {"PrimusS": PrimusS, "PrimusB": PrimusB, "PrimusM": PrimusM, "PrimusL": PrimusL}
@@ -205,3 +207,12 @@ def test_one_tensor_is_stored_once(tmp_path):
     path = written(checkpoint(encoder, None, "test"), tmp_path)
     parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder).parameters())
     assert path.stat().st_size < 1.5 * parameters + 100_000  # four names a tensor, one copy
+
+
+@pytest.mark.parametrize("encoder", [primus(**TINY_PRIMUS), resenc(**TINY_RESENC)], ids=["primus", "resenc"])
+def test_our_own_checkpoint_is_a_warm_start_that_asks_nothing(encoder, tmp_path):
+    path = written(checkpoint(encoder, None, "test"), tmp_path)
+    fresh = type(encoder)(encoder.config)
+    student = MaskedResEnc(fresh) if encoder.config.model_type == "resenc" else MaskedPrimus(fresh, 0.75, 1, 2)
+    load_pretrained(student, str(path))
+    assert all(torch.equal(w, encoder.state_dict()[name]) for name, w in fresh.state_dict().items())

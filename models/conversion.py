@@ -1,6 +1,6 @@
 """Our weights under the names of nnssl, nnU-Net and dynamic-network-architectures, and theirs under ours.
 
-Names only are theirs to know: nnssl checkpoints, nnU-Net networks and adaptation plans all use them.
+nnssl's checkpoints, nnU-Net's networks and its adaptation plans all use the same names.
 """
 
 import math

@@ -19,14 +19,13 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
 
 class Encoder(PreTrainedModel):
-    """Base of `PrimusModel` and `ResEncModel`: both read prepared crops `[B, C, X, Y, Z]`."""
+    """Base of `PrimusModel` and `ResEncModel`: both read prepared crops `[B, C, X, Y, Z]`.
+
+    Their `get_input_embeddings` is the convolution that reads the voxels.
+    """
 
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-
-    def get_input_embeddings(self):
-        """The convolution that reads the voxels."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def resize_input_channels(self, num_channels):

@@ -1,6 +1,7 @@
 """Start from weights that exist: our own encoders and runs, nnssl / OpenMind checkpoints, nnU-Net's format."""
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -120,11 +121,13 @@ def _from_hub(source: str) -> Path:
         wanted = ["config.json", name, "model-*.safetensors"] if name else ["config.json"]
         return Path(snapshot_download(source, allow_patterns=wanted))
     except Exception as error:  # the network's errors differ from one client to the next
-        try:
-            return Path(snapshot_download(source, local_files_only=True))
-        except Exception:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{source}: no such file or folder, and not to be had from the Hub ({reason})") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        path = Path(snapshot_download(source, local_files_only=True))
+    except OSError:  # nothing of it in the cache
+        raise ValueError(f"{source}: no such file or folder, and not to be had from the Hub ({reason})") from None
+    warnings.warn(f"{source}: the Hub did not give it ({reason}); this is the copy downloaded before", stacklevel=2)
+    return path
 
 
 def _about(path: Path, content: dict) -> dict:

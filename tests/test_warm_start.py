@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from conftest import TINY, config, launch, model_state
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode, PatchEmbed
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from test_reference import difference, randomise, reference_resenc
 from torch import nn
@@ -317,14 +319,24 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/at_all", "../x", "not a hub id", "runs/typo"])
-def test_a_source_that_does_not_exist_is_named(source, monkeypatch):
-    def offline(*arguments, **options):
-        raise RuntimeError("no network")
-
+def test_a_source_that_does_not_exist_is_named(source, monkeypatch, tmp_path):
     monkeypatch.setattr(warm_start, "list_repo_files", offline)
-    monkeypatch.setattr(warm_start, "snapshot_download", offline)
+    nothing_cached = partial(snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr(warm_start, "snapshot_download", nothing_cached)
     with pytest.raises(ValueError, match="no such file or folder"):
         load_pretrained(resenc_student(), source)
+
+
+def offline(*arguments, **options):
+    raise RuntimeError("no network")
+
+
+def test_without_a_network_what_was_downloaded_before_is_used_and_said(monkeypatch, tmp_path):
+    primus_student().features.encoder.save_pretrained(tmp_path)
+    monkeypatch.setattr(warm_start, "list_repo_files", offline)
+    monkeypatch.setattr(warm_start, "snapshot_download", lambda source, local_files_only: tmp_path)
+    with pytest.warns(UserWarning, match="lab/brain: the Hub did not give it .no network.*downloaded before"):
+        load_pretrained(primus_student(), "lab/brain")
 
 
 # --------------------------------------------------------------------------- the script

@@ -103,7 +103,7 @@ def read_run_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, int((file.metadata() or {}).get("step", -1))  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): --resume auto writes it again, or publish encoder/ alone"
@@ -128,7 +128,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
             try:
                 new.rename(folder)
             except OSError:
-                old.rename(folder)
+                if old.exists():
+                    old.rename(folder)
                 raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} could not be written ({error}); what was there is untouched") from error

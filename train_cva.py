@@ -41,7 +41,7 @@ import os
 import platform
 import subprocess
 import time
-from functools import partial
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,25 +54,23 @@ from accelerate import Accelerator, DistributedType
 from data.demo import demo_volume
 from data.nifti import find_volumes
 from data.prepared import prepare_volumes
-from data.stream import RankBatches, SampleStream, make_loader, stack_views
-from losses.consistency import cosine_consistency
+from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
 from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
 from models.warm_start import load_pretrained
-from training.banner import print_banner
+from training.banner import print_banner, say_what_is_default
 from training.checkpoints import newest_checkpoint, save_checkpoint
 from training.command_line import run
 from training.estimate import step_cost, step_inputs
 from training.export import preprocessing, write_run
 from training.metrics import Metrics, read_metrics
 from training.output import choose_output
-from training.pictures import draw_losses, draw_reconstruction, draw_views
 from training.recipe import Recipe, flatten, load_recipe
+from training.report import draw_report
 from training.runtime import describe_engine, from_main_rank, make_accelerator, read_config
-from training.schedules import learning_rate
+from training.schedules import learning_rate, teacher_momentum
 
 HERE = Path(__file__).resolve().parent
-CONSISTENCY = {"cosine": cosine_consistency}
 STARTED = time.perf_counter()
 
 
@@ -106,22 +104,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------- setup
 
 
-def say_what_is_default(arguments: argparse.Namespace) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    data = "the MNI152 T1 template that nilearn ships"
-    if not arguments.data and not arguments.recipe:
-        print(
-            f"This is the demo: a small Primus on {data}.\n"
-            "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
-            f"python {Path(__file__).name} --help shows the commands.\n"
-        )
-    elif not arguments.data:
-        print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
-    elif not arguments.recipe:
-        print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
-
-
 def prepare_data(arguments: argparse.Namespace, recipe: Recipe, output: Path) -> tuple[list[Path], str]:
     """Prepared volumes, and a fingerprint of the files that they come from.
 
@@ -153,18 +135,13 @@ def build_model(recipe: Recipe) -> ConsistentViewAlignment:
     encoder = build_encoder(
         crop_size=recipe.views.crop_size, preprocessing=prepared_as, **recipe.model.encoder_arguments()
     )
-    weights = recipe.loss.model_dump(exclude={"consistency"})
-    objective = partial(
-        cva_objective,
-        consistency_loss=CONSISTENCY[recipe.loss.consistency],
-        samples_per_cell=recipe.views.samples_per_cell,
-        **weights,
-    )
     return build_cva(
         encoder,
-        objective,
+        cva_objective(recipe.loss.consistency, recipe.loss.temperature),
+        recipe.loss.weights(),
         recipe.mask.ratio,
         recipe.model.decoder_arguments(),
+        recipe.teacher.path if recipe.teacher else None,
         recipe.heads.projector_size,
         recipe.heads.predictor_size,
         recipe.train.precision,
@@ -176,11 +153,18 @@ def build_stream(files: list[Path], recipe: Recipe, feature_stride: tuple[int, .
     return SampleStream(
         files,
         recipe.seed,
+        recipe.data.spacing,
         **recipe.views.model_dump(),
+        intensity=recipe.intensity.chances(),
         mask_block=recipe.mask.block,
         mask_ratio=recipe.mask.ratio,
         feature_stride=feature_stride,
     )
+
+
+def make_batch(samples: dict, device: torch.device, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """What the model is called with, from what the loader gives."""
+    return render(samples, device, recipe.views.crop_size, recipe.views.interpolation, recipe.loss.target)
 
 
 def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.optim.Optimizer:
@@ -226,30 +210,27 @@ def publish(
 ) -> None:
     """Write the encoder folder, all weights and the pictures; all ranks take part, the main one writes."""
     cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
-    share = recipe.train.batch_size // accelerator.num_processes
+    share = recipe.train.batch_size // (accelerator.num_processes * recipe.train.accumulate)
     first = recipe.train.steps * recipe.train.batch_size + accelerator.process_index * share  # views not trained on
-    batch = stack_views([stream[first + i] for i in range(share)])
-    batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+    samples = stack_views([stream[first + i] for i in range(share)])
+    batch = make_batch(samples, accelerator.device, recipe)
     model.eval()
     with torch.no_grad():
-        outputs = model(batch["views"], batch["mask"], batch["points"], return_outputs=True)
+        outputs = model(**batch, return_outputs=True)
     model.train()
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         records = read_metrics(output / "metrics.jsonl")
         facts = {**meta, "step": step, "volumes": len(stream.files)}
         write_run(cva.student.features.encoder, weights, facts, records, output)
-        report, outputs = output / "report", {key: outputs[key].cpu() for key in ("voxel_mask", "reconstructed")}
-        views, affines = batch["views"].cpu(), batch["crop_to_volume"].cpu()
-        draw_losses(records, report / "losses.png")
-        draw_reconstruction(
-            views[0, 0], outputs["voxel_mask"][0, 0], outputs["reconstructed"][0, 0], report / "reconstruction.png"
-        )
-        draw_views(views[[0, share], 0], affines[[0, share]], report / "views.png")
+        two = [0, share]  # the views of the first sample
+        pair = {key: value[two].cpu() for key, value in batch.items()} | {"affines": samples["crop_to_volume"][two]}
+        rebuilt = outputs["reconstructed"][0, 0].cpu() if "reconstructed" in outputs else None
+        draw_report(output, pair, rebuilt, accelerator.device, step)
     accelerator.wait_for_everyone()
 
 
-def print_ending(accelerator: Accelerator, output: Path) -> None:
+def print_ending(accelerator: Accelerator, terms: Collection[str], output: Path) -> None:
     records = read_metrics(output / "metrics.jsonl")
     tenth = max(1, len(records) // 10)
 
@@ -257,7 +238,7 @@ def print_ending(accelerator: Accelerator, output: Path) -> None:
         start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
         return f"{key} {start:.3f} -> {end:.3f}"
 
-    accelerator.print(f"losses      {change('reconstruction')}, {change('consistency')}, {change('contrastive')}")
+    accelerator.print(f"losses      {', '.join(change(key) for key in terms)}")
     waited = sum(r["data_wait"] for r in records) / len(records)
     seconds = time.perf_counter() - STARTED
     accelerator.print(
@@ -287,7 +268,7 @@ def main(arguments: argparse.Namespace) -> None:
         find_volumes(arguments.data)  # fails before anything heavy starts
     if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
         raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
-    say_what_is_default(arguments)
+    say_what_is_default(bool(arguments.recipe), bool(arguments.data))
 
     # model
     model = build_model(recipe)
@@ -300,13 +281,15 @@ def main(arguments: argparse.Namespace) -> None:
         model.update_teacher(momentum=0.0)  # the teacher starts as the student
         if os.environ.get("RANK", "0") == "0":
             print(f"init        {report}")
-    per_rank = recipe.train.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    accumulate = recipe.train.accumulate
+    per_rank = recipe.train.batch_size // (accumulate * int(os.environ.get("WORLD_SIZE", 1)))
     cost = step_cost(model, step_inputs(recipe, per_rank))  # before there is a process group: it communicates nothing
     accelerator = make_accelerator(
         arguments.config,
         settings,
         output,
         per_rank,
+        accumulate,
         recipe.train.clip_norm,
         wrap=model._no_split_modules,
         tracker="wandb" if arguments.wandb else "tensorboard",
@@ -353,33 +336,36 @@ def main(arguments: argparse.Namespace) -> None:
 
     # loop
     steps, ranks, rank = recipe.train.steps, accelerator.num_processes, accelerator.process_index
-    batches = RankBatches(first_step, steps, recipe.train.batch_size, rank, ranks)
+    batches = MicroBatches(first_step, steps, recipe.train.batch_size, accumulate, rank, ranks)
     loader = iter(make_loader(stream, batches, recipe.data.workers, pin_memory=accelerator.device.type == "cuda"))
-    metrics = Metrics(
-        accelerator, output / "metrics.jsonl", first_step, steps, recipe.train.batch_size, cost["flops"] * ranks
-    )
+    metrics = Metrics(accelerator, output / "metrics.jsonl", first_step, recipe, cost["flops"] * ranks * accumulate)
     model.train()
     for step in range(first_step, steps):
-        asked = time.perf_counter()
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in next(loader).items()}
-        waited = time.perf_counter() - asked
-
+        done = step + 1
+        logs = done % recipe.train.log_every == 0 or done == steps
         lr = learning_rate(
             step, steps, recipe.optimizer.learning_rate, recipe.train.warmup_steps, recipe.train.decay_power
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = model(batch["views"], batch["mask"], batch["points"])
-        accelerator.backward(losses["loss"])  # under DeepSpeed this clips and steps as well
-        if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        cva.update_teacher(recipe.teacher.momentum)
+        for _ in range(accumulate):
+            asked = time.perf_counter()
+            samples = next(loader)
+            waited = time.perf_counter() - asked
+            batch = make_batch(samples, accelerator.device, recipe)
+            with accelerator.accumulate(model):
+                losses = model(**batch, gradient_norms=logs and recipe.train.log_gradients)
+                accelerator.backward(losses["loss"])  # under DeepSpeed this clips and steps as well
+                if accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            metrics.add(losses, waited)
+        if recipe.teacher:
+            numbers = recipe.teacher
+            cva.update_teacher(teacher_momentum(step, steps, numbers.momentum, numbers.final_momentum))
 
-        metrics.add(losses, waited)
-        done = step + 1
-        if done % recipe.train.log_every == 0 or done == steps:
+        if logs:
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 grad_norm = model.get_global_grad_norm()
             metrics.log(done, lr, grad_norm)
@@ -390,7 +376,7 @@ def main(arguments: argparse.Namespace) -> None:
             metrics.pause()
     metrics.bar.close()
     publish(accelerator, model, stream, recipe, meta, output, steps)
-    print_ending(accelerator, output)
+    print_ending(accelerator, recipe.loss.weights(), output)
     accelerator.end_training()
 
 

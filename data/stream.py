@@ -1,16 +1,21 @@
 """One stream of samples: what sample `i` of a run is depends on `(seed, i)` alone.
 
-Resuming, another number of ranks or workers, and looking at one sample for a picture all give the same voxels.
+Resuming, another number of ranks or workers, and looking at one sample for a picture all give the same voxels. Loaders
+read blocks of volumes and draw all random numbers; `render` makes the voxels of a batch on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .views import alignment_points, crop_to_volume, cut, sample_starts
+from .intensity import change_intensity, draw_intensity
+from .resampling import cut_views, read_block
+from .views import alignment_points, draw_turn, sample_views
+
+PURPOSES = ("geometry", "turns", "mask", "intensity")  # each draws from its own generator: one can change alone
 
 
 class SampleStream(Dataset):
@@ -18,9 +23,13 @@ class SampleStream(Dataset):
 
     Args:
         files: prepared volumes (`prepare_volumes`).
+        spacing: mm of their voxels.
         crop_size: voxels, (X, Y, Z).
         overlap: range of the fraction of its volume that a crop shares with the other view.
-        mirror: probability of reversing each axis, for both views together.
+        interpolation: "linear" or "cubic", of views that are turned.
+        shared, independent: chances of mirror, rotation and zoom, for both views together and then for each on its own
+            (`draw_turn`).
+        intensity: chances of changes of intensity (`draw_intensity`).
         mask_block: edge of a masked block in voxels.
         mask_ratio: share of blocks hidden, exactly `int(ratio * blocks)` in each crop.
         cells, samples_per_cell, feature_stride: see `alignment_points`.
@@ -30,20 +39,27 @@ class SampleStream(Dataset):
         self,
         files: list[Path],
         seed: int,
+        spacing: tuple[float, ...],
         crop_size: tuple[int, ...],
         overlap: tuple[float, float],
-        mirror: float,
+        interpolation: str,
+        shared: Mapping,
+        independent: Mapping,
+        intensity: Mapping[str, tuple[float, tuple[float, float]]],
         mask_block: int,
         mask_ratio: float,
         cells: tuple[int, ...],
-        samples_per_cell: int,
+        samples_per_cell: tuple[int, ...],
         feature_stride: tuple[int, ...],
     ):
         self.files = files
         self.seed = seed
+        self.spacing = spacing
         self.crop_size = tuple(crop_size)
         self.overlap = overlap
-        self.mirror = mirror
+        self.interpolation = interpolation
+        self.shared, self.independent = shared, independent
+        self.intensity = intensity
         self.mask_grid = tuple(size // mask_block for size in crop_size)
         self.mask_ratio = mask_ratio
         self.points = {"cells": cells, "samples_per_cell": samples_per_cell, "feature_stride": feature_stride}
@@ -52,20 +68,29 @@ class SampleStream(Dataset):
         """Any number is a sample.
 
         Returns:
-            `views` `[2, 1, X, Y, Z]`, `mask` `[2, x, y, z]`, `points` `[2, p, q, r, 3]`, `crop_to_volume` `[2, 3, 4]`.
+            For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
+            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity` and `pair`,
+            the number of the sample.
         """
-        rng = np.random.default_rng((self.seed, index))
-        volume = np.load(self.files[rng.integers(len(self.files))], mmap_mode="r")
-        starts = sample_starts(rng, volume.shape, self.crop_size, self.overlap)
-        mirror = rng.random(3) < self.mirror
-        views = np.stack([cut(volume, start, self.crop_size, mirror) for start in starts])
-        affines = torch.from_numpy(np.stack([crop_to_volume(start, self.crop_size, mirror) for start in starts]))
-        masks = np.stack([self._mask(rng) for _ in starts])
+        geometry, turns, masks, intensity = (
+            np.random.default_rng((self.seed, index, purpose)) for purpose in range(len(PURPOSES))
+        )
+        volume = np.load(self.files[geometry.integers(len(self.files))], mmap_mode="r")
+        shared = draw_turn(turns, self.shared, self.spacing)
+        own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
+        affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, shared, own)
+        blocks, crop_to_block = zip(*(read_block(volume, a, self.crop_size, self.interpolation) for a in affines))
+        affines = torch.from_numpy(affines)
+        points, inside = alignment_points(affines, self.crop_size, **self.points)
         return {
-            "views": torch.from_numpy(views)[:, None],
-            "mask": torch.from_numpy(masks),
-            "points": alignment_points(affines, self.crop_size, **self.points),
+            "block": list(blocks),
+            "crop_to_block": torch.stack(crop_to_block),
             "crop_to_volume": affines,
+            "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in range(2)])),
+            "points": points.float(),
+            "inside": inside.expand(2, -1),
+            "intensity": draw_intensity(intensity, self.intensity),
+            "pair": torch.full((2,), index),
         }
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:
@@ -75,31 +100,55 @@ class SampleStream(Dataset):
         return mask.reshape(self.mask_grid)
 
 
-def stack_views(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def stack_views(samples: list[dict]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """Collate view-major: `B` samples of `[2, ...]` -> `[2B, ...]`, view 1 of all before view 2 of all."""
-    return {key: torch.stack([s[key] for s in samples], dim=1).flatten(0, 1) for key in samples[0]}
+    stacked = {k: torch.stack([s[k] for s in samples], dim=1).flatten(0, 1) for k in samples[0] if k != "block"}
+    return stacked | {"block": [s["block"][view] for view in range(2) for s in samples]}
 
 
-class RankBatches:
-    """Sample numbers of one rank's batches from `first_step` on: its slice of each global batch."""
+def render(
+    batch: dict[str, torch.Tensor | list[torch.Tensor]],
+    device: torch.device,
+    crop_size: tuple[int, ...],
+    interpolation: str,
+    target: str,
+) -> dict[str, torch.Tensor]:
+    """Make the voxels of a batch on the device, and what else the model is called with.
 
-    def __init__(self, first_step: int, last_step: int, batch_size: int, rank: int, ranks: int):
-        assert batch_size % ranks == 0
-        self.steps = range(first_step, last_step)
-        self.batch_size = batch_size
-        self.share = batch_size // ranks
+    Args:
+        batch: of `stack_views`, on the CPU.
+        target: what to reconstruct, the "augmented" views or the "clean" ones.
+
+    Returns:
+        `views` and `target` `[2B, 1, X, Y, Z]` (the same tensor if augmented), `mask`, `points`, `inside`, `pair`.
+    """
+    blocks = [block.to(device, non_blocking=True) for block in batch["block"]]
+    clean = cut_views(blocks, batch["crop_to_block"], crop_size, interpolation)
+    views = change_intensity(clean, batch["intensity"])
+    rest = {key: batch[key].to(device, non_blocking=True) for key in ("mask", "points", "inside", "pair")}
+    return {"views": views, "target": clean if target == "clean" else views, **rest}
+
+
+class MicroBatches:
+    """Sample numbers of one rank from `first_step` on: its slice of each micro-batch, `accumulate` of them a step."""
+
+    def __init__(self, first_step: int, last_step: int, batch_size: int, accumulate: int, rank: int, ranks: int):
+        assert batch_size % (accumulate * ranks) == 0
+        self.micro_batches = range(first_step * accumulate, last_step * accumulate)
+        self.size = batch_size // accumulate
+        self.share = self.size // ranks
         self.offset = rank * self.share
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.micro_batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            first = step * self.batch_size + self.offset
+        for number in self.micro_batches:
+            first = number * self.size + self.offset
             yield list(range(first, first + self.share))
 
 
-def make_loader(stream: SampleStream, batches: RankBatches, workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader:
     """A loader of view-major batches in the order of the stream."""
     return DataLoader(
         stream,

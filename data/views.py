@@ -1,14 +1,20 @@
 """The geometry of two overlapping views (CVA, arXiv 2509.13846, with the corrections that make it exact).
 
-A view is a crop plus `crop_to_volume`, a `[3, 4]` matrix from crop voxel index to volume voxel coordinate. Everything
-else - the shared region, the points compared, the pictures - follows from that matrix. Coordinates are (X, Y, Z);
-voxel `i` is centred at `i`, and `n` voxels span `[-0.5, n - 0.5]`.
+A view is a crop plus `crop_to_volume`, a `[3, 4]` matrix from crop voxel index to volume voxel coordinate: place,
+mirror, rotation and zoom in one. Everything else - the voxels, the points compared, the pictures - follows from it.
+Coordinates are (X, Y, Z); voxel `i` is centred at `i`, and `n` voxels span `[-0.5, n - 0.5]`.
 """
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+
+from .intensity import draw_around_one
+
+TOLERANCE = 1e-3  # voxels: what rounding may move a point
 
 
 def least_shared(crop_size: int) -> int:
@@ -16,98 +22,148 @@ def least_shared(crop_size: int) -> int:
     return 2 * math.ceil(0.2 * crop_size)
 
 
-def sample_starts(
-    rng: np.random.Generator, volume_size: tuple[int, ...], crop_size: tuple[int, ...], overlap: tuple[float, float]
-) -> np.ndarray:
-    """First voxels of two crops that share a random part of their volume: `[2, 3]` integers.
+def draw_turn(rng: np.random.Generator, chances: Mapping, spacing: tuple[float, ...] = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """A random mirror, rotation and zoom: the matrix `[3, 3]` from steps in a crop to steps in what it is cut from.
 
-    The shared fraction of the crop's volume is `t ~ U(overlap)`, split over the axes as `t ** w` with
-    `w ~ Dirichlet(1, 1, 1)`, rounded to an even number of voxels, at least 0.4 of each axis and as much as the volume
-    forces. On each axis either view may be the lower one. A volume smaller than the crop is centred in it: the start is
-    negative, and equal in both views.
+    As many random numbers are drawn whatever the chances are, so changing one leaves the rest of a sample as it was.
+
+    Args:
+        chances: `mirror`, the probability of reversing each axis; `rotation`, `probability` and largest `degrees` about
+            each axis either way; `zoom`, `probability` and `range` of voxels a crop voxel covers, half of the draws
+            below 1 and half above.
+        spacing: mm of a voxel; rotations are rigid in mm.
+    """
+    rotation, zoom = chances["rotation"], chances["zoom"]
+    sign = np.where(rng.random(3) < chances["mirror"], -1.0, 1.0)
+    turned, angles = rng.random() < rotation["probability"], np.radians(rng.uniform(-1, 1, 3) * rotation["degrees"])
+    zoomed, factor = rng.random() < zoom["probability"], draw_around_one(rng, *zoom["range"])
+    matrix = np.diag(sign * (factor if zoomed else 1.0))
+    return (_rotation(angles) * spacing / np.asarray(spacing)[:, None]) @ matrix if turned else matrix
+
+
+def _rotation(angles: np.ndarray) -> np.ndarray:
+    """About X, then Y, then Z, in radians: `[3, 3]`."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        first, second = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[[first, second], [first, second]] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
+def sample_views(
+    rng: np.random.Generator,
+    volume_size: tuple[int, ...],
+    crop_size: tuple[int, ...],
+    overlap: tuple[float, float],
+    shared: np.ndarray,
+    own: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """`crop_to_volume` of two crops that share a random part of their volume: `[2, 3, 4]`.
+
+    Both lie on the voxel grid of one frame, the volume turned by `shared`. The shared fraction of the crop's volume is
+    `t ~ U(overlap)`, split over the axes as `t ** w` with `w ~ Dirichlet(1, 1, 1)`, rounded to an even number of
+    voxels, at least 0.4 of each axis and as much as the volume forces; on each axis either view may be the lower one.
+    The pair lies inside the volume where it fits, and is centred (to a voxel) along axes on which it does not: crops
+    larger than the volume are equal there. Then each view is turned about its own centre by its `own` matrix.
+
+    Args:
+        shared, own: `[3, 3]`, see `draw_turn`.
     """
     volume, crop = np.asarray(volume_size), np.asarray(crop_size)
+    with np.errstate(divide="ignore"):
+        room = (volume[:, None] / np.abs(shared)).min(0)  # the longest line along each axis of the frame that fits
     fraction = rng.uniform(*overlap) ** rng.dirichlet((1.0, 1.0, 1.0))
-    forced = 2 * crop - np.maximum(volume, crop)
+    forced = 2 * crop - np.maximum(room, crop)
     least = np.maximum([least_shared(size) for size in crop_size], 2 * np.ceil(forced / 2))
-    shared = np.minimum(np.maximum(2 * np.round(crop * fraction / 2), least), crop).astype(int)
-    shift = crop - shared
-    low = rng.integers(0, np.maximum(volume - crop - shift, 0) + 1)
-    low = np.where(volume < crop, -((crop - volume) // 2), low)
+    overlapping = np.minimum(np.maximum(2 * np.round(crop * fraction / 2), least), crop)
+    shift = crop - overlapping
     first_is_low = rng.integers(0, 2, 3).astype(bool)
-    return np.stack((np.where(first_is_low, low, low + shift), np.where(first_is_low, low + shift, low)))
+    starts = np.stack((np.where(first_is_low, 0, shift), np.where(first_is_low, shift, 0)))
 
-
-def crop_to_volume(start: np.ndarray, crop_size: tuple[int, ...], mirror: np.ndarray) -> np.ndarray:
-    """`[3, 4]` affine of a crop that begins at voxel `start` and is reversed on the axes where `mirror` is True."""
-    sign = np.where(mirror, -1.0, 1.0)
-    origin = start + np.where(mirror, np.asarray(crop_size) - 1, 0)
-    return np.concatenate((np.diag(sign), origin[:, None]), axis=1).astype(np.float32)
-
-
-def cut(volume: np.ndarray, start: np.ndarray, crop_size: tuple[int, ...], mirror: np.ndarray) -> np.ndarray:
-    """The crop `[X, Y, Z]` itself, float32; outside the volume it is 0, the mean of a z-scored volume."""
-    start, crop = np.asarray(start), np.asarray(crop_size)
-    low, high = np.maximum(start, 0), np.minimum(start + crop, volume.shape)
-    out = np.zeros(crop_size, np.float32)
-    inside = tuple(slice(a, b) for a, b in zip(low - start, high - start))
-    out[inside] = volume[tuple(slice(a, b) for a, b in zip(low, high))]
-    return np.ascontiguousarray(out[tuple(slice(None, None, -1 if m else 1) for m in mirror)])
+    half = np.abs(shared) @ (crop + shift) / 2  # of the box around the pair
+    free = volume - 2 * half
+    low = np.where(free >= 0, rng.integers(0, np.maximum(np.floor(free + TOLERANCE), 0) + 1), np.ceil(free / 2))
+    frame = _affine(shared, low - 0.5 + half - shared @ ((crop + shift - 1) / 2))
+    centre = (crop - 1) / 2
+    return np.stack(
+        [_compose(frame, _affine(turn, start + centre - turn @ centre)) for start, turn in zip(starts, own)]
+    )
 
 
 def shared_box(
     affines: torch.Tensor, crop_size: tuple[int, ...], margin: tuple[float, ...] = (0.0, 0.0, 0.0)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The box that two axis-aligned views share, in volume coordinates.
+    """The box along the axes of view 1 around what view 2 shares with it; empty where low > high.
 
     Args:
-        affines: `crop_to_volume` of the views, `[2B, 3, 4]`, view-major.
+        affines: `crop_to_volume` of the two views, `[2, 3, 4]`.
         margin: voxels left out along the border of each view.
 
     Returns:
-        Its low and high corners, each `[B, 3]`.
+        Its low and high corners in voxels of view 1, `[3]` each.
     """
-    size = torch.tensor(crop_size, dtype=affines.dtype, device=affines.device)
-    edge = torch.tensor(margin, dtype=affines.dtype, device=affines.device) - 0.5
-    corners = torch.stack((edge, size - 1 - edge))  # [2, 3]
-    corners = _apply(affines, corners.expand(len(affines), -1, -1))
-    low, high = corners.amin(1).unflatten(0, (2, -1)), corners.amax(1).unflatten(0, (2, -1))  # [2, B, 3]
-    return low.amax(0), high.amin(0)
+    size = torch.tensor(crop_size, dtype=affines.dtype)
+    edge = torch.tensor(margin, dtype=affines.dtype) - 0.5
+    low, high = edge, size - 1 - edge
+    corners = torch.stack([torch.where(torch.tensor(c), high, low) for c in itertools.product((False, True), repeat=3)])
+    corners = to_crop(affines[0], to_volume(affines[1], corners))
+    return torch.maximum(low, corners.amin(0)), torch.minimum(high, corners.amax(0))
 
 
 def alignment_points(
     affines: torch.Tensor,
     crop_size: tuple[int, ...],
     cells: tuple[int, ...],
-    samples_per_cell: int,
+    samples_per_cell: tuple[int, ...],
     feature_stride: tuple[int, ...],
-) -> torch.Tensor:
-    """Where to read dense features so that equal positions of both views are the same place in the volume.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where to read dense features so that equal cells of both views are the same place in the volume.
 
-    The region compared is the shared box less half a feature cell along each view's border: between the centres of its
-    outermost cells a feature map can be interpolated, beyond them it could only be extrapolated. That region is cut
-    into `cells`, each cell into `samples_per_cell` bins an axis; the points are the bin centres.
+    The region compared is what the views share less half a feature cell along each view's border: between the centres
+    of its outermost cells a feature map can be interpolated, beyond them it could only be extrapolated. The box around
+    it is cut into `cells`, each cell into bins, `samples_per_cell` an axis; the points are the bin centres. Where one
+    view is turned against the other the box has corners outside view 2: cells with a point there are not compared.
 
     Args:
-        affines: `crop_to_volume` of the views, `[2B, 3, 4]`, view-major.
+        affines: `crop_to_volume` of the two views, `[2, 3, 4]`.
         feature_stride: voxels a cell of the feature map, (X, Y, Z).
 
     Returns:
-        `[2B, p, q, r, 3]` in voxels of each crop, with `p = cells[0] * samples_per_cell` and so on.
+        Points `[2, P, S, 3]` in voxels of each crop, for `P` cells of `S` samples, and whether a cell is inside `[P]`.
     """
-    low, high = shared_box(affines, crop_size, tuple(stride / 2 for stride in feature_stride))
-    counts = [n * samples_per_cell for n in cells]
-    axes = [(torch.arange(n, device=affines.device, dtype=affines.dtype) + 0.5) / n for n in counts]
-    unit = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)  # [p * q * r, 3]
-    places = (low[:, None] + (high - low)[:, None] * unit).repeat(2, 1, 1)  # the same for both views
-    return to_crop(affines, places).unflatten(1, counts)
+    margin = tuple(stride / 2 for stride in feature_stride)
+    low, high = shared_box(affines, crop_size, margin)
+    axes = [
+        ((torch.arange(n * s, dtype=affines.dtype) + 0.5) / (n * s)).view(n, s) for n, s in zip(cells, samples_per_cell)
+    ]
+    grid = torch.meshgrid(*(axis.flatten() for axis in axes), indexing="ij")
+    unit = torch.stack(grid, dim=-1).view(*(n for axis in axes for n in axis.shape), 3)  # [x, sx, y, sy, z, sz, 3]
+    unit = unit.permute(0, 2, 4, 1, 3, 5, 6).reshape(math.prod(cells), math.prod(samples_per_cell), 3)
+    first = low + (high - low).clamp(min=0) * unit
+    second = to_crop(affines[1], to_volume(affines[0], first))
+    edge = torch.tensor(margin, dtype=affines.dtype) - 0.5 - TOLERANCE
+    last = torch.tensor(crop_size, dtype=affines.dtype) - 1 - edge
+    inside = ((second >= edge) & (second <= last)).all(-1).all(-1) & (low < high).all()
+    return torch.stack((first, second)), inside
 
 
-def to_crop(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Volume coordinates `[N, P, 3]` in voxels of each crop, by its `crop_to_volume` `[N, 3, 4]`."""
-    return torch.linalg.solve(affines[:, :, :3], (points - affines[:, None, :, 3]).mT).mT
+def to_volume(affine: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Voxels of a crop `[..., 3]` in voxels of the volume, by its `crop_to_volume` `[3, 4]`."""
+    return points @ affine[:, :3].T + affine[:, 3]
 
 
-def _apply(affines: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """`[N, 3, 4]` on points `[N, P, 3]`."""
-    return points @ affines[:, :, :3].mT + affines[:, None, :, 3]
+def to_crop(affine: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_volume`."""
+    return (points - affine[:, 3]) @ torch.linalg.inv(affine[:, :3]).T
+
+
+def _affine(matrix: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    return np.concatenate((matrix, origin[:, None]), axis=1)
+
+
+def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """First `inner`, then `outer`."""
+    return _affine(outer[:, :3] @ inner[:, :3], outer[:, :3] @ inner[:, 3] + outer[:, 3])

@@ -1,36 +1,63 @@
-"""Dense consistency of two views where they overlap (CVA, arXiv 2509.13846)."""
+"""Dense consistency: what student and teacher should agree on where two views overlap (CVA, arXiv 2509.13846).
+
+All take aligned cells `student` and `teacher` `[N, P, D]` (row `n` of both is the same region, seen in different
+views), `inside` `[N, P]` (False where a view does not reach), `pair` `[N]` (the sample that a crop belongs to) and
+`gather` (`[...]` -> `[ranks, ...]`, with gradients), and return one number. Each crop counts the same, so the mean over
+ranks of their losses is the loss of the whole batch.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from .ntxent import nt_xent
 
-def sample_cells(
-    features: torch.Tensor, points: torch.Tensor, crop_size: tuple[int, ...], samples_per_cell: int
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cosine_consistency(
+    student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor, pair: torch.Tensor, gather: Gather
 ) -> torch.Tensor:
-    """Read a dense feature map at places given in voxels of its crop, and average neighbouring places to cells.
+    """`2 - 2 cos(student, teacher)`: 0 when they agree, 2 when they are unrelated ("CVA" of the paper's Table 1)."""
+    return mean_inside(2 - 2 * F.cosine_similarity(student, teacher, dim=-1), inside)
 
-    Voxel `i` of a crop of `n` voxels is centred at `i` and the crop spans `[-0.5, n - 0.5]`, whatever the stride of the
-    feature map; feature cell `k` of stride `s` is centred at `s * k + (s - 1) / 2`.
 
-    Args:
-        features: `[B, C, x, y, z]`.
-        points: `[B, p, q, r, 3]`, in (X, Y, Z) order, `samples_per_cell` of them a cell and axis.
-        crop_size: voxels of the crop, (X, Y, Z).
+def cell_contrast(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    inside: torch.Tensor,
+    pair: torch.Tensor,
+    gather: Gather,
+    temperature: float,
+) -> torch.Tensor:
+    """NT-Xent over cells ("C-CVA" of the paper's Table 1).
 
-    Returns:
-        `[B, C, cells...]`, float32.
+    The negatives of a cell are all other cells of the batch, those of its own crop among them; only the rows of the
+    same place of the same volume are neither. Every rank contrasts its own cells with those of all ranks.
     """
-    axes = [(points[..., axis] + 0.5) * (2 / crop_size[axis]) - 1 for axis in (2, 1, 0)]  # grid_sample wants Z first
-    grid = torch.stack(axes, dim=-1)
-    with torch.autocast(features.device.type, enabled=False):
-        sampled = F.grid_sample(features.float(), grid.float(), padding_mode="border", align_corners=False)
-        return F.avg_pool3d(sampled, samples_per_cell)
+    cells = inside.shape[1]
+    place = pair[:, None] * cells + torch.arange(cells, device=pair.device)
+    place = place.masked_fill(~inside, -1).flatten()
+    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+    loss, _ = nt_xent(student, teacher, place, temperature, gather)
+    return mean_inside(loss.unflatten(0, inside.shape), inside)
 
 
-def cosine_consistency(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over crops and cells of `2 - 2 cos(student, teacher)`: 0 when they agree, 2 when they are unrelated.
+def gram_consistency(
+    student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor, pair: torch.Tensor, gather: Gather
+) -> torch.Tensor:
+    """Mean squared difference of the channel Gram matrices `[D, D]` of a crop.
 
-    Args:
-        student, teacher: `[B, C, cells...]`; row `b` of both is the same region, seen in different views.
+    Insensitive to position: shuffling the cells changes nothing, so this aligns no places. It is what the published
+    code has trained since September 2025, kept for comparison.
     """
-    return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
+    student, teacher = (F.normalize(rows, dim=-1) * inside[..., None] for rows in (student, teacher))
+    difference = torch.baddbmm(teacher.mT @ teacher, student.mT, student, beta=-1)
+    return difference.square().mean()
+
+
+def mean_inside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Mean over crops of the mean over their cells inside: `[N, P]` -> a number; a crop without any counts 0."""
+    weights = inside.to(values.dtype)
+    return ((values * weights).sum(1) / weights.sum(1).clamp(min=1)).mean()

@@ -1,58 +1,91 @@
 """The CVA objective: reconstruction + dense consistency + image-level contrast (arXiv 2509.13846)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .consistency import sample_cells
+from .cells import sample_cells
+from .consistency import Gather, cell_contrast, cosine_consistency, gram_consistency
 from .ntxent import nt_xent
 from .reconstruction import masked_huber
 
 
-def cva_objective(
-    outputs: dict[str, torch.Tensor],
-    consistency_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    reconstruction_weight: float,
-    consistency_weight: float,
-    contrastive_weight: float,
-    temperature: float,
-    samples_per_cell: int,
+def cva_objective(consistency: str, temperature: float) -> Callable[[dict[str, torch.Tensor], Gather], dict]:
+    """The objective with this consistency: "cosine", "c_cva", "gram" or "none".
+
+    Args:
+        temperature: of the image-level NT-Xent and of C-CVA.
+    """
+    agree = {
+        "cosine": cosine_consistency,
+        "c_cva": partial(cell_contrast, temperature=temperature),
+        "gram": gram_consistency,
+        "none": None,
+    }[consistency]
+    return partial(compute_terms, agree=agree, temperature=temperature)
+
+
+def compute_terms(
+    outputs: dict[str, torch.Tensor], gather: Gather, agree: Callable[..., torch.Tensor] | None, temperature: float
 ) -> dict[str, torch.Tensor]:
-    """Weighted sum of the three terms, each symmetrised over the two views.
+    """The terms that the outputs allow, each symmetrised over the two views, and what tells of collapse and success.
 
     Args:
         outputs: see `ConsistentViewAlignment.forward_views`; rows are view-major, so half a roll is the other view.
-        consistency_loss: of aligned student and teacher cells `[2B, D, cells...]`, such as `cosine_consistency`.
+        gather: `[...]` of this rank -> `[ranks, ...]`, with gradients.
+        agree: the consistency, a function of losses/consistency.py.
 
     Returns:
-        `loss`, its parts `reconstruction`, `consistency` and `contrastive` (unweighted), and what tells of collapse:
-        `contrastive_accuracy`; `feature_std`, the spread of the student's unit-length dense features per channel, times
-        sqrt(D) (about 1 when healthy); `feature_variance`, the same features' total variance (1 = spread over the
-        sphere). Both fall to 0 when all features become one.
+        `reconstruction`, `consistency` and `contrastive`. With the consistency, `feature_std`, the spread of the
+        student's unit-length dense features per channel, times sqrt(D) (about 1 when healthy); `feature_variance`,
+        their total variance (1 = spread over the sphere), both 0 when all features are one; `retrieval`, the share of
+        cells whose nearest teacher cell of the other view is the same place. With the contrast, `contrastive_accuracy`
+        and `embedding_variance`, the same of the embeddings. These monitors are of this rank's crops.
     """
-    crop_size = outputs["target"].shape[2:]
-    student = sample_cells(outputs["student_dense"], outputs["points"], crop_size, samples_per_cell)
-    teacher = sample_cells(outputs["teacher_dense"], outputs["points"], crop_size, samples_per_cell)
-    teacher = teacher.roll(len(teacher) // 2, dims=0)
-    embedding = outputs["student_embedding"]
-    pairs = len(embedding) // 2
-    volumes = torch.arange(pairs, device=embedding.device).repeat(2)
+    losses = {}
+    if "reconstructed" in outputs:
+        losses["reconstruction"] = masked_huber(outputs["reconstructed"], outputs["target"], outputs["voxel_mask"])
+    if "student_dense" in outputs:
+        crop_size = outputs["target"].shape[2:]
+        student = sample_cells(outputs["student_dense"], outputs["points"], crop_size)
+        teacher = sample_cells(outputs["teacher_dense"], outputs["points"], crop_size).roll(len(student) // 2, dims=0)
+        inside = outputs["inside"]
+        losses["consistency"] = agree(student, teacher, inside, outputs["pair"], gather)
+        losses |= watch_cells(student.detach(), teacher, inside)
+    if "student_embedding" in outputs:
+        student, teacher = outputs["student_embedding"], outputs.get("teacher_embedding")
+        teacher = teacher.roll(len(teacher) // 2, dims=0) if teacher is not None else None
+        loss, nearest = nt_xent(student, teacher, outputs["pair"], temperature, gather)
+        variance = F.normalize(student.detach(), dim=1).var(dim=0, correction=0).sum()
+        losses |= {
+            "contrastive": loss.mean(),
+            "contrastive_accuracy": nearest.mean(),
+            "embedding_variance": variance,
+        }
+    return losses
 
-    reconstruction = masked_huber(outputs["reconstructed"], outputs["target"], outputs["voxel_mask"])
-    consistency = consistency_loss(student, teacher)
-    contrastive, accuracy = nt_xent(embedding, outputs["teacher_embedding"].roll(pairs, dims=0), volumes, temperature)
-    with torch.no_grad():
-        cells = F.normalize(student, dim=1).movedim(1, -1).flatten(0, -2)
-        variance = cells.var(dim=0, correction=0)
+
+@torch.no_grad()
+def watch_cells(student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`feature_std`, `feature_variance` and `retrieval` of aligned cells `[N, P, D]`."""
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    variance = student.flatten(0, 1).var(dim=0, correction=0)
     return {
-        "loss": reconstruction_weight * reconstruction
-        + consistency_weight * consistency
-        + contrastive_weight * contrastive,
-        "reconstruction": reconstruction.detach(),
-        "consistency": consistency.detach(),
-        "contrastive": contrastive.detach(),
-        "contrastive_accuracy": accuracy,
         "feature_std": variance.sqrt().mean() * len(variance) ** 0.5,
         "feature_variance": variance.sum(),
+        "retrieval": cell_retrieval(student, teacher, inside),
     }
+
+
+def cell_retrieval(student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Share of cells inside whose nearest cell of the other view, by cosine, is the same place.
+
+    Args:
+        student, teacher: unit-length cells `[N, P, D]`.
+        inside: `[N, P]`.
+    """
+    similarity = (student @ teacher.mT).masked_fill(~inside[:, None], float("-inf"))
+    hits = similarity.argmax(-1) == torch.arange(inside.shape[1], device=inside.device)
+    return (hits & inside).sum() / inside.sum().clamp(min=1)

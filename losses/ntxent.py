@@ -1,30 +1,61 @@
 """NT-Xent between student and teacher (Chen et al. 2020, SimCLR, eq. 1; as used by CVA, arXiv 2509.13846)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+SIMILARITIES = 2**25  # how many are held at once, 134 MB in float32
 
 
 def nt_xent(
-    student: torch.Tensor, teacher: torch.Tensor, volumes: torch.Tensor, temperature: float
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    group: torch.Tensor,
+    temperature: float,
+    gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pull each student row to its teacher row, push all rows of other volumes away.
+    """Pull each student row to its teacher row, push all rows of other groups away, on whatever rank they are.
 
-    Every row of both is an anchor; its positive is its partner, its negatives are the rows of all other volumes. With
-    one volume there are no negatives, and the loss is 0.
+    Every row of student and teacher is an anchor; its positive is its partner, its negatives are the rows of all other
+    groups. Without other groups the loss is 0. Rows of this rank are contrasted with those of all ranks; the mean over
+    ranks of the means of their rows is the loss of the whole batch. Similarities are made a block at a time and again
+    in the backward pass, so memory does not grow with the square of the rows.
 
     Args:
-        student, teacher: `[N, D]`; teacher row `i` is the partner of student row `i` (the other view of its volume).
-        volumes: `[N]`, which volume a row comes from.
+        student, teacher: `[N, D]`; teacher row `i` is the partner of student row `i`. Without a teacher (SimCLR) the
+            student rows are `[view 1 of all, view 2 of all]`, and the partner is the other view.
+        group: `[N]`, equal for rows that must not be each other's negatives; -1 leaves a row out of the negatives.
+        gather: `[...]` -> `[ranks, ...]`, with gradients.
 
     Returns:
-        The loss averaged over the `2N` anchors, and the share of anchors whose positive is nearer than every negative.
+        For each student row the loss, averaged over the anchors of its pair, and whether the positive is nearer than
+        every negative (a share, over the same anchors): `[N]` each.
     """
-    rows = F.normalize(torch.cat((teacher, student)), dim=1)
-    similarity = rows @ rows.T / temperature
-    volumes = volumes.repeat(2)
-    negatives = similarity.masked_fill(volumes[:, None] == volumes[None, :], float("-inf"))
-    partner = torch.arange(len(rows), device=rows.device).roll(len(student))
-    positive = similarity.gather(1, partner[:, None])
-    loss = (torch.cat((positive, negatives), dim=1).logsumexp(dim=1) - positive[:, 0]).mean()
-    accuracy = (positive > negatives).all(dim=1).float().mean()
-    return loss, accuracy
+    student = F.normalize(student, dim=1)
+    if teacher is None:
+        anchors, positives, groups = student, student.roll(len(student) // 2, dims=0), group
+    else:
+        teacher = F.normalize(teacher, dim=1)
+        anchors, positives, groups = torch.cat((student, teacher)), torch.cat((teacher, student)), group.repeat(2)
+    candidates, candidate_groups = gather(anchors).flatten(0, 1), gather(groups).flatten()
+    block = max(1, SIMILARITIES // len(candidates))
+    parts = []
+    for rows in zip(anchors.split(block), positives.split(block), groups.split(block)):
+        arguments = (*rows, candidates, candidate_groups, temperature)
+        if block >= len(anchors):
+            parts.append(_contrast(*arguments))
+        else:
+            parts.append(checkpoint(_contrast, *arguments, use_reentrant=False, preserve_rng_state=False))
+    loss, nearest = (torch.cat(part).view(-1, len(student)).mean(0) for part in zip(*parts))
+    return loss, nearest
+
+
+def _contrast(anchors, positives, groups, candidates, candidate_groups, temperature):
+    similarity = anchors @ candidates.T / temperature
+    left_out = (groups[:, None] == candidate_groups) | (candidate_groups < 0)
+    similarity = similarity.masked_fill(left_out, float("-inf"))
+    positive = (anchors * positives).sum(1, keepdim=True) / temperature
+    loss = torch.cat((positive, similarity), dim=1).logsumexp(dim=1) - positive[:, 0]
+    return loss, (positive[:, 0] > similarity.amax(1)).to(loss.dtype)

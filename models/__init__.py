@@ -11,8 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_primus import PRIMUS_SIZES, PrimusConfig
 from .configuration_resenc import ResEncConfig
 from .cva import ConsistentViewAlignment
+from .features import DENSE_STRIDE, dense_features
 from .masked_primus import MaskedPrimus
-from .masked_resenc import DENSE_STRIDE, MaskedResEnc
+from .masked_resenc import MaskedResEnc
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
 from .warm_start import ENCODER_WEIGHTS
@@ -28,6 +29,7 @@ __all__ = [
     "ResEncModel",
     "build_cva",
     "build_encoder",
+    "dense_features",
     "load_encoder",
 ]
 
@@ -69,19 +71,26 @@ def load_encoder(folder: Path) -> PreTrainedModel:
 def build_cva(
     encoder: PreTrainedModel,
     objective: Callable,
+    weights: dict[str, float],
     mask_ratio: float,
     decoder: dict[str, int],
+    teacher: str | None,
     projector_size: int,
     predictor_size: int,
     precision: str,
     gradient_checkpointing: bool,
 ) -> ConsistentViewAlignment:
-    """Put heads, teacher and objective around an encoder. `decoder` is for `MaskedPrimus`, empty for ResEnc."""
+    """Put heads, teacher and objective around an encoder, as far as the weighted terms need them.
+
+    Args:
+        decoder: sizes for `MaskedPrimus`, empty for ResEnc.
+        others: see `ConsistentViewAlignment`.
+    """
     if isinstance(encoder, PrimusModel):
-        student = MaskedPrimus(encoder, mask_ratio, **decoder)
+        student = MaskedPrimus(encoder, weights, mask_ratio, **decoder)
     else:
-        student = MaskedResEnc(encoder, **decoder)
-    model = ConsistentViewAlignment(student, objective, projector_size, predictor_size, precision)
+        student = MaskedResEnc(encoder, weights, **decoder)
+    model = ConsistentViewAlignment(student, objective, weights, teacher, projector_size, predictor_size, precision)
     if gradient_checkpointing:
         for module in student.modules():  # the decoders too, which transformers' own switch does not reach
             if isinstance(module, GradientCheckpointingLayer):

@@ -1,22 +1,31 @@
 """Masked autoencoding with Primus: only the visible tokens are encoded, the rest is filled in by small decoders."""
 
+import copy
 import math
+from collections.abc import Collection
 
 import torch
-from einops import rearrange
 from torch import nn
 
+from .cva import StudentOutput
+from .features import tokens_to_map
 from .modeling_primus import PrimusModel, PrimusTransformer, init_primus_weights
 
 
 class PrimusFeatures(nn.Module):
-    """What student and teacher share: the encoder, and attention pooling of a dense map to one vector a crop."""
+    """What student and teacher share: the encoder, and how its tokens become dense and pooled features.
 
-    def __init__(self, encoder: PrimusModel):
+    Args:
+        encoder: the Primus.
+        pooled: whether one vector a crop is wanted, by attention pooling; None is returned in its place otherwise.
+        feature_decoder: completes the tokens first; it fills in those that are masked.
+    """
+
+    def __init__(self, encoder: PrimusModel, pooled: bool, feature_decoder: PrimusTransformer | None):
         super().__init__()
         self.encoder = encoder
-        self.attention_pool = nn.Linear(encoder.config.hidden_size, 1)
-        self.attention_pool.apply(init_primus_weights)
+        self.feature_decoder = feature_decoder
+        self.attention_pool = nn.Linear(encoder.config.hidden_size, 1).apply(init_primus_weights) if pooled else None
 
     @property
     def size(self) -> int:
@@ -27,19 +36,18 @@ class PrimusFeatures(nn.Module):
         """Voxels a cell of the dense features, (X, Y, Z)."""
         return tuple(self.encoder.config.patch_size)
 
-    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B, N, C]` -> `[B, C]`."""
-        return (self.attention_pool(tokens).softmax(dim=1) * tokens).sum(dim=1)
+    def describe(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens `[B, N, C]` of a pretraining crop -> dense features `[B, C, x, y, z]`, pooled features `[B, C]`."""
+        if self.feature_decoder is not None:
+            tokens = self.feature_decoder(tokens, self.encoder.config.grid_size)
+        pooled = None
+        if self.attention_pool is not None:
+            pooled = (self.attention_pool(tokens).softmax(dim=1) * tokens).sum(dim=1)
+        return tokens_to_map(tokens, self.encoder.config.grid_size), pooled
 
-    def to_map(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B, N, C]` of a pretraining crop -> feature map `[B, C, x, y, z]`."""
-        x, y, z = self.encoder.config.grid_size
-        return rearrange(tokens, "b (x y z) c -> b c x y z", x=x, y=y, z=z)
-
-    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unmasked crops `[B, C, X, Y, Z]` -> dense features `[B, C, x, y, z]` and pooled features `[B, C]`."""
-        tokens = self.encoder(views).last_hidden_state
-        return self.to_map(tokens), self.pool(tokens)
+    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Unmasked crops `[B, C, X, Y, Z]` -> what `describe` returns."""
+        return self.describe(self.encoder(views).last_hidden_state)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -71,32 +79,58 @@ def patch_decoder(hidden_size: int, patch_size: tuple[int, ...], out_channels: i
 
 
 class MaskedPrimus(nn.Module):
-    """The student: encodes the visible tokens, then one decoder rebuilds voxels and another the dense features."""
+    """The student: encodes the visible tokens, then one decoder rebuilds voxels and another completes the features.
 
-    def __init__(self, encoder: PrimusModel, mask_ratio: float, decoder_layers: int, feature_decoder_heads: int):
+    Args:
+        terms: those of "reconstruction", "consistency" and "contrastive" that are trained; only their parts are built.
+    """
+
+    def __init__(
+        self,
+        encoder: PrimusModel,
+        terms: Collection[str],
+        mask_ratio: float,
+        decoder_layers: int,
+        feature_decoder_heads: int,
+    ):
         super().__init__()
         config = encoder.config
         tokens = math.prod(config.grid_size)
         self.visible = tokens - int(mask_ratio * tokens)
-        self.features = PrimusFeatures(encoder)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.decoder = PrimusTransformer(config, decoder_layers, config.num_attention_heads)
-        self.feature_decoder = PrimusTransformer(config, decoder_layers, feature_decoder_heads)
-        self.patch_decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_channels)
-        self.decoder.apply(init_primus_weights)
-        self.feature_decoder.apply(init_primus_weights)
-        nn.init.normal_(self.mask_token, std=1e-6)
+        self.describes = bool({"consistency", "contrastive"} & set(terms))
+        feature_decoder = None
+        if self.describes:
+            feature_decoder = PrimusTransformer(config, decoder_layers, feature_decoder_heads)
+            feature_decoder.apply(init_primus_weights)
+        self.features = PrimusFeatures(encoder, "contrastive" in terms, feature_decoder)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if mask_ratio else None
+        self.decoder = self.patch_decoder = None
+        if "reconstruction" in terms:
+            self.decoder = PrimusTransformer(config, decoder_layers, config.num_attention_heads)
+            self.decoder.apply(init_primus_weights)
+            self.patch_decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_channels)
+        if mask_ratio:
+            nn.init.normal_(self.mask_token, std=1e-6)
 
-    def forward(self, views: torch.Tensor, mask: torch.Tensor, voxel_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Crops `[B, C, X, Y, Z]` and their token mask `[B, x, y, z]` (True = hidden, equally many in every crop).
+    def teacher(self, same_path: bool) -> PrimusFeatures:
+        """A copy of the features; with their decoder, or (as published) without it, since no token is masked."""
+        teacher = copy.deepcopy(self.features)
+        if not same_path:
+            teacher.feature_decoder = None
+        return teacher
 
-        Returns the reconstruction `[B, C, X, Y, Z]`, dense features `[B, D, x, y, z]`, pooled features `[B, D]`.
-        """
+    def forward(self, views: torch.Tensor, mask: torch.Tensor, voxel_mask: torch.Tensor) -> StudentOutput:
+        """Crops `[B, C, X, Y, Z]` and their token mask `[B, x, y, z]` (True = hidden, equally many in every crop)."""
         visible_tokens = mask.flatten(1).int().argsort(dim=1, stable=True)[:, : self.visible]
         encoded = self.features.encoder(views, visible_tokens).last_hidden_state
-        grid_size = self.features.encoder.config.grid_size
-        tokens = self.mask_token.to(encoded.dtype).expand(views.shape[0], mask[0].numel(), -1)
-        tokens = tokens.scatter(1, visible_tokens[..., None].expand_as(encoded), encoded)
-        reconstruction = self.patch_decoder(self.features.to_map(self.decoder(tokens, grid_size)))
-        dense = self.feature_decoder(tokens, grid_size)
-        return reconstruction, self.features.to_map(dense), self.features.pool(dense)
+        tokens = encoded
+        if self.mask_token is not None:
+            tokens = self.mask_token.to(encoded.dtype).expand(views.shape[0], mask[0].numel(), -1)
+            tokens = tokens.scatter(1, visible_tokens[..., None].expand_as(encoded), encoded)
+        reconstruction = dense = pooled = None
+        if self.decoder is not None:
+            grid_size = self.features.encoder.config.grid_size
+            reconstruction = self.patch_decoder(tokens_to_map(self.decoder(tokens, grid_size), grid_size))
+        if self.describes:
+            dense, pooled = self.features.describe(tokens)
+        return StudentOutput(reconstruction, dense, pooled, (encoded,))

@@ -1,20 +1,27 @@
 """Masked autoencoding with ResEnc: masked voxels are set to zero, a U-Net decoder rebuilds them."""
 
+import copy
+from collections.abc import Collection
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .cva import StudentOutput
+from .features import DENSE_STRIDE, join_stages
 from .modeling_resenc import ConvNorm, ResEncModel, init_resenc_weights
-
-DENSE_STRIDE = 8  # all stages are brought to one cell per 8^3 voxels: 16^3 cells on the published 128^3 crop
 
 
 class ResEncFeatures(nn.Module):
-    """What student and teacher share: the encoder, and the concatenation of its stages."""
+    """What student and teacher share: the encoder, and the concatenation of its stages.
 
-    def __init__(self, encoder: ResEncModel):
+    Args:
+        dense, pooled: whether a feature map and one vector a crop are wanted; None is returned otherwise.
+    """
+
+    def __init__(self, encoder: ResEncModel, dense: bool, pooled: bool):
         super().__init__()
         self.encoder = encoder
+        self.dense, self.pooled = dense, pooled
 
     @property
     def size(self) -> int:
@@ -25,16 +32,15 @@ class ResEncFeatures(nn.Module):
         """Voxels a cell of the dense features, (X, Y, Z)."""
         return (DENSE_STRIDE,) * 3
 
-    def join(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def describe(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Feature maps of all stages -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""
-        grid = [size // DENSE_STRIDE for size in stages[0].shape[2:]]
-        dense = torch.cat([F.adaptive_avg_pool3d(stage, grid) for stage in stages], dim=1)  # coarse stages are repeated
-        pooled = torch.cat([stage.mean(dim=(2, 3, 4)) for stage in stages], dim=1)
+        dense = join_stages(stages) if self.dense else None
+        pooled = torch.cat([stage.mean(dim=(2, 3, 4)) for stage in stages], dim=1) if self.pooled else None
         return dense, pooled
 
-    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unmasked crops `[B, C, X, Y, Z]` -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""
-        return self.join(self.encoder(views, output_hidden_states=True).hidden_states)
+    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Unmasked crops `[B, C, X, Y, Z]` -> what `describe` returns."""
+        return self.describe(self.encoder(views, output_hidden_states=True).hidden_states)
 
 
 class UNetDecoder(nn.Module):
@@ -59,18 +65,26 @@ class UNetDecoder(nn.Module):
 
 
 class MaskedResEnc(nn.Module):
-    """The student: encoder on the masked crop, U-Net decoder for the voxels, all stages for the dense features."""
+    """The student: encoder on the masked crop, U-Net decoder for the voxels, all stages for the features.
 
-    def __init__(self, encoder: ResEncModel):
+    Args:
+        terms: those of "reconstruction", "consistency" and "contrastive" that are trained; only their parts are built.
+    """
+
+    def __init__(self, encoder: ResEncModel, terms: Collection[str]):
         super().__init__()
         config = encoder.config
-        self.features = ResEncFeatures(encoder)
-        self.decoder = UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
+        self.features = ResEncFeatures(encoder, "consistency" in terms, "contrastive" in terms)
+        self.decoder = None
+        if "reconstruction" in terms:
+            self.decoder = UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
 
-    def forward(self, views: torch.Tensor, mask: torch.Tensor, voxel_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Crops `[B, C, X, Y, Z]` and their voxel mask `[B, 1, X, Y, Z]` (True = hidden).
+    def teacher(self, same_path: bool) -> ResEncFeatures:
+        """A copy of the features; its path is the student's own in any case."""
+        return copy.deepcopy(self.features)
 
-        Returns the reconstruction `[B, C, X, Y, Z]`, dense features `[B, D, x, y, z]`, pooled features `[B, D]`.
-        """
+    def forward(self, views: torch.Tensor, mask: torch.Tensor, voxel_mask: torch.Tensor) -> StudentOutput:
+        """Crops `[B, C, X, Y, Z]` and their voxel mask `[B, 1, X, Y, Z]` (True = hidden)."""
         stages = self.features.encoder(views.masked_fill(voxel_mask, 0.0), output_hidden_states=True).hidden_states
-        return self.decoder(stages), *self.features.join(stages)
+        reconstruction = self.decoder(stages) if self.decoder is not None else None
+        return StudentOutput(reconstruction, *self.features.describe(stages), stages)

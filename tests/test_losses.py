@@ -1,43 +1,206 @@
 """Losses against slow, obvious code."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from losses.consistency import cosine_consistency, sample_cells
+import losses.ntxent
+from losses.cells import sample_cells
+from losses.consistency import cell_contrast, cosine_consistency, gram_consistency
+from losses.cva import cell_retrieval, cva_objective
 from losses.ntxent import nt_xent
 from losses.reconstruction import masked_huber
 
 
-def slow_nt_xent(student, teacher, volumes, temperature):
-    rows = [(t / t.norm(), v) for t, v in zip(teacher, volumes)] + [(s / s.norm(), v) for s, v in zip(student, volumes)]
-    n, losses, hits = len(student), [], []
-    for i, (anchor, volume) in enumerate(rows):
+def alone(tensor):
+    """`gather` of a single rank."""
+    return tensor[None]
+
+
+def slow_nt_xent(student, teacher, groups, temperature):
+    """Loss and success of each student row, averaged with its teacher row's."""
+    rows = [(s / s.norm(), g) for s, g in zip(student, groups)] + [(t / t.norm(), g) for t, g in zip(teacher, groups)]
+    n, found = len(student), []
+    for i, (anchor, group) in enumerate(rows):
         positive = float(anchor @ rows[(i + n) % (2 * n)][0]) / temperature
-        negatives = [float(anchor @ other) / temperature for other, owner in rows if owner != volume]
-        losses.append(-positive + math.log(sum(math.exp(x) for x in [positive, *negatives])))
-        hits.append(all(positive > x for x in negatives))
-    return sum(losses) / len(losses), sum(hits) / len(hits)
+        negatives = [float(anchor @ other) / temperature for other, owner in rows if owner not in (group, -1)]
+        loss = -positive + math.log(sum(math.exp(x) for x in [positive, *negatives]))
+        found.append((loss, all(positive > x for x in negatives)))
+    return [[(found[i][k] + found[i + n][k]) / 2 for i in range(n)] for k in (0, 1)]
+
+
+# --------------------------------------------------------------------------- image-level contrast
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_nt_xent_equals_loops(count):
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+def test_nt_xent_equals_loops(count, block, monkeypatch):
+    monkeypatch.setattr(losses.ntxent, "SIMILARITIES", block * 4 * count)
     torch.manual_seed(count)
     student, teacher = torch.randn(2, 2 * count, 7, dtype=torch.double)
     volumes = torch.arange(count).repeat(2)
-    loss, accuracy = nt_xent(student, teacher, volumes, 0.5)
+    loss, nearest = nt_xent(student, teacher, volumes, 0.5, alone)
     expected, hits = slow_nt_xent(student, teacher, volumes.tolist(), 0.5)
-    assert loss.item() == pytest.approx(expected, abs=1e-12)
-    assert accuracy.item() == pytest.approx(hits)
+    assert loss.tolist() == pytest.approx(expected, abs=1e-12)
+    assert nearest.tolist() == pytest.approx(hits)
     if count == 1:
-        assert loss.item() == 0  # no other volume, no negatives
+        assert loss.abs().max() == 0  # no other volume, no negatives
 
 
-def test_nt_xent_gradient():
-    student, teacher = torch.randn(2, 6, 4, dtype=torch.double, requires_grad=True)
-    assert gradcheck(lambda s, t: nt_xent(s, t, torch.arange(3).repeat(2), 0.5)[0], (student, teacher))
+def test_nt_xent_has_the_published_number_of_negatives():
+    """With all rows alike, each anchor's loss is log(1 + negatives): 4B - 4 of them for B volumes."""
+    rows = torch.ones(10, 3)
+    loss, _ = nt_xent(rows, rows, torch.arange(5).repeat(2), 0.5, alone)
+    torch.testing.assert_close(loss, torch.full((10,), math.log(1 + 4 * 5 - 4)))
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_nt_xent_gradient(block, monkeypatch):
+    monkeypatch.setattr(losses.ntxent, "SIMILARITIES", block)
+    student, teacher = torch.randn(2, 6, 4, dtype=torch.double).unbind()
+    rows = student.requires_grad_(), teacher.requires_grad_()
+    assert gradcheck(lambda s, t: nt_xent(s, t, torch.arange(3).repeat(2), 0.5, alone)[0], rows)
+    assert gradcheck(lambda s: nt_xent(s, None, torch.arange(3).repeat(2), 0.5, alone)[0], rows[0])
+
+
+def test_without_a_teacher_it_is_simclr():
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(8, 5, dtype=torch.double), dim=1)
+    loss, _ = nt_xent(rows, None, torch.arange(4).repeat(2), 0.5, alone)
+    for i, row in enumerate(rows):  # eq. 1: the sum runs over all other rows
+        terms = [math.exp(float(row @ other) / 0.5) for k, other in enumerate(rows) if k != i]
+        positive = math.exp(float(row @ rows[(i + 4) % 8]) / 0.5)
+        assert loss[i].item() == pytest.approx(-math.log(positive / sum(terms)), abs=1e-12)
+
+
+# --------------------------------------------------------------------------- dense consistency
+
+
+def cells(volumes=2, places=5, channels=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 2 * volumes, places, channels, dtype=torch.double, generator=generator)
+    inside = torch.rand(volumes, places, generator=generator) < 0.7
+    return student, teacher, inside.repeat(2, 1), torch.arange(volumes).repeat(2) + 100
+
+
+CONSISTENCIES = {
+    "cosine": cosine_consistency,
+    "c_cva": lambda *a: cell_contrast(*a, temperature=0.5),
+    "gram": gram_consistency,
+}
+
+
+@pytest.mark.parametrize("name", CONSISTENCIES)
+def test_consistency_gradient(name):
+    student, teacher, inside, pair = cells()
+    student.requires_grad_(), teacher.requires_grad_()
+    assert gradcheck(lambda s, t: CONSISTENCIES[name](s, t, inside, pair, alone), (student, teacher))
+
+
+@pytest.mark.parametrize("name", CONSISTENCIES)
+def test_cells_outside_a_view_do_not_count(name):
+    student, teacher, inside, pair = cells()
+    other = [torch.where(inside[..., None], rows, torch.randn_like(rows)) for rows in (student, teacher)]
+    loss = CONSISTENCIES[name](student, teacher, inside, pair, alone)
+    torch.testing.assert_close(CONSISTENCIES[name](*other, inside, pair, alone), loss)
+    nothing = CONSISTENCIES[name](student, teacher, torch.zeros_like(inside), pair, alone)
+    assert nothing.item() == 0
+
+
+def test_cosine_equals_loops():
+    student, teacher, inside, pair = cells()
+    crops = []
+    for s, t, reached in zip(student, teacher, inside):
+        values = [2 - 2 * float(a @ b / a.norm() / b.norm()) for a, b, r in zip(s, t, reached) if r]
+        crops.append(sum(values) / len(values) if values else 0)
+    assert cosine_consistency(student, teacher, inside, pair, alone).item() == pytest.approx(sum(crops) / len(crops))
+    assert cosine_consistency(student, 3 * student, inside, pair, alone).item() == pytest.approx(0, abs=1e-12)
+    assert cosine_consistency(student, -student, inside, pair, alone).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("block", [3, 10**6])
+def test_cell_contrast_equals_loops(block, monkeypatch):
+    monkeypatch.setattr(losses.ntxent, "SIMILARITIES", block * 40)
+    student, teacher, inside, pair = cells()
+    names = itertools.product(pair.tolist(), range(inside.shape[1]))  # rows of one volume and cell are one group
+    groups = [name if reached else -1 for name, reached in zip(names, inside.flatten().tolist())]
+    expected, _ = slow_nt_xent(student.flatten(0, 1), teacher.flatten(0, 1), groups, 0.5)
+    expected = torch.tensor(expected).view(inside.shape)
+    per_crop = [row[reached].mean() if reached.any() else torch.tensor(0.0) for row, reached in zip(expected, inside)]
+    loss = cell_contrast(student, teacher, inside, pair, alone, temperature=0.5)
+    assert loss.item() == pytest.approx(float(sum(per_crop)) / len(per_crop), rel=1e-6)
+
+
+def test_gram_equals_loops():
+    student, teacher, inside, pair = cells()
+    crops = []
+    for s, t, reached in zip(student, teacher, inside):
+        gram = torch.zeros(6, 6, dtype=torch.double)
+        for a, b, r in zip(s, t, reached):
+            if r:
+                gram += torch.outer(a, a) / (a @ a) - torch.outer(b, b) / (b @ b)
+        crops.append(gram.square().mean())
+    torch.testing.assert_close(gram_consistency(student, teacher, inside, pair, alone), torch.stack(crops).mean())
+
+
+def test_shuffled_cells_change_the_cosine_and_c_cva_but_not_gram():
+    student, _, _, pair = cells(places=27)
+    inside = torch.ones(4, 27, dtype=torch.bool)
+    shuffled = student[:, torch.randperm(27, generator=torch.Generator().manual_seed(0))]
+    assert cosine_consistency(student, shuffled, inside, pair, alone) > 1
+    assert CONSISTENCIES["c_cva"](student, shuffled, inside, pair, alone) > 1.2 * CONSISTENCIES["c_cva"](
+        student, student, inside, pair, alone
+    )
+    assert gram_consistency(student, shuffled, inside, pair, alone).item() == pytest.approx(0, abs=1e-20)
+
+
+# --------------------------------------------------------------------------- reading cells
+
+
+@pytest.mark.parametrize("grid", [(3, 4, 5), (1, 2, 6)])
+def test_sampled_cells_equal_grid_sample_and_a_mean(grid):
+    torch.manual_seed(0)
+    crop_size = tuple(8 * n for n in grid)
+    features = torch.randn(2, 3, *grid, dtype=torch.double)
+    points = torch.rand(2, 7, 4, 3) * (torch.tensor(crop_size) + 4) - 2  # also beyond the border
+    sampled = sample_cells(features, points, crop_size)
+    normalised = (points.double() + 0.5) * 2 / torch.tensor(crop_size) - 1
+    expected = F.grid_sample(features, normalised.flip(-1)[:, :, :, None], padding_mode="border", align_corners=False)
+    torch.testing.assert_close(sampled, expected[..., 0].mean(-1).mT, atol=1e-5, rtol=0)
+
+
+def test_sampled_cells_gradient():
+    points = torch.rand(1, 4, 2, 3) * torch.tensor([23.0, 31.0, 39.0])
+    features = torch.randn(1, 2, 3, 4, 5, dtype=torch.double, requires_grad=True)
+    assert gradcheck(lambda f: sample_cells(f, points, (24, 32, 40)), features)
+
+
+def test_half_precision_features_are_averaged_in_full():
+    features = torch.randn(1, 8, 4, 4, 4).bfloat16()
+    points = torch.rand(1, 5, 8, 3) * 31
+    out = sample_cells(features, points, (32, 32, 32))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, sample_cells(features.float(), points, (32, 32, 32)))
+
+
+def test_retrieval_counts_cells_whose_nearest_is_the_same_place():
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(2, 50, 16), dim=-1)
+    everywhere = torch.ones(2, 50, dtype=torch.bool)
+    assert cell_retrieval(rows, rows, everywhere) == 1
+    assert cell_retrieval(rows, rows.roll(1, dims=1), everywhere) == 0
+    some = everywhere.clone()
+    some[:, 30:] = False
+    mixed = torch.where(some[..., None], rows, rows.roll(1, dims=1))
+    assert cell_retrieval(rows, mixed, some) == 1
+    assert cell_retrieval(rows, torch.randn(2, 50, 16), everywhere) < 0.2
+
+
+# --------------------------------------------------------------------------- reconstruction, and all together
 
 
 def test_huber_looks_at_masked_voxels_only():
@@ -54,16 +217,29 @@ def test_huber_looks_at_masked_voxels_only():
     assert masked_huber(changed, target, mask) == masked_huber(prediction, target, mask)
 
 
-def test_cosine_consistency():
-    features = torch.randn(2, 16, 3, 3, 3)
-    assert cosine_consistency(features, 3 * features).item() == pytest.approx(0, abs=1e-6)
-    assert cosine_consistency(features, -features).item() == pytest.approx(4, abs=1e-6)
-    shuffled = features.flatten(2)[..., torch.randperm(27)].view_as(features)
-    assert cosine_consistency(shuffled, features) > 1  # position matters
+def test_an_autoencoder_is_scored_everywhere():
+    prediction, target = torch.randn(2, 2, 1, 4, 4, 4)
+    none = torch.zeros(2, 1, 4, 4, 4, dtype=torch.bool)
+    assert masked_huber(prediction, target, none) == masked_huber(prediction, target, ~none)
 
 
-def test_sampled_cells_have_gradient():
-    features = torch.randn(1, 2, 3, 4, 5, dtype=torch.double).float().requires_grad_()
-    points = torch.rand(1, 4, 4, 4, 3) * torch.tensor([23.0, 31.0, 39.0])
-    sample_cells(features, points, (24, 32, 40), 2).square().sum().backward()
-    assert features.grad.abs().sum() > 0
+def test_each_crop_faces_the_other_view_of_its_volume():
+    """Teacher features that are the student's of the other view agree perfectly; of the same view, not at all."""
+    torch.manual_seed(0)
+    dense = torch.randn(6, 8, 4, 4, 4)
+    outputs = {
+        "target": torch.zeros(6, 1, 32, 32, 32),
+        "points": (torch.rand(1, 9, 8, 3) * 31).expand(6, -1, -1, -1),
+        "inside": torch.ones(6, 9, dtype=torch.bool),
+        "pair": torch.arange(3).repeat(2),
+        "student_dense": dense,
+        "student_embedding": dense.mean((2, 3, 4)),
+    }
+    facing = {"teacher_dense": dense.roll(3, 0), "teacher_embedding": outputs["student_embedding"].roll(3, 0)}
+    objective = cva_objective("cosine", 0.5)
+    agreed = objective(outputs | facing, alone)
+    assert agreed["consistency"].item() == pytest.approx(0, abs=1e-6)
+    assert agreed["retrieval"] == 1
+    assert agreed["contrastive_accuracy"] == 1
+    own = {"teacher_dense": dense, "teacher_embedding": outputs["student_embedding"]}
+    assert objective(outputs | own, alone)["consistency"] > 1

@@ -1,46 +1,55 @@
 """Encoders, students and the composite."""
 
-from functools import partial
-
 import pytest
 import torch
+import torch.nn.functional as F
 
-from losses.consistency import cosine_consistency
 from losses.cva import cva_objective
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, build_cva, build_encoder
+from models.features import dense_features, tokens_to_map
 from models.masked_primus import patch_decoder
 
-OBJECTIVE = partial(
-    cva_objective,
-    consistency_loss=cosine_consistency,
-    reconstruction_weight=5.0,
-    consistency_weight=1.0,
-    contrastive_weight=0.1,
-    temperature=0.5,
-    samples_per_cell=2,
-)
+PUBLISHED = {"reconstruction": 5.0, "consistency": 1.0, "contrastive": 0.1}
+PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 1, 2]}
 
 
-def tiny_cva(architecture="primus", crop_size=(32, 16, 48), checkpointing=False, precision="fp32", drop_path=0.0):
+def tiny_cva(
+    architecture="primus",
+    crop_size=(32, 16, 48),
+    checkpointing=False,
+    precision="fp32",
+    drop_path=0.0,
+    weights=PUBLISHED,
+    consistency="cosine",
+    teacher="published",
+    mask_ratio=0.75,
+):
     torch.manual_seed(0)
-    if architecture == "primus":
-        sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "drop_path_rate": drop_path}
-        decoder = {"decoder_layers": 1, "feature_decoder_heads": 4}
-    else:
-        sizes, decoder = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 1, 2]}, {}
-    encoder = build_encoder(architecture, crop_size, {}, **sizes)
-    return build_cva(encoder, OBJECTIVE, 0.75, decoder, 32, 16, precision, checkpointing)
+    primus = architecture == "primus"
+    encoder = build_encoder(
+        architecture, crop_size, {}, **(PRIMUS | {"drop_path_rate": drop_path} if primus else RESENC)
+    )
+    decoder = {"decoder_layers": 1, "feature_decoder_heads": 4} if primus else {}
+    objective = cva_objective(consistency, 0.5)
+    return build_cva(encoder, objective, weights, mask_ratio, decoder, teacher, 32, 16, precision, checkpointing)
 
 
-def batch(volumes=3, crop_size=(32, 16, 48), block=8, seed=0):
+def batch(volumes=3, crop_size=(32, 16, 48), block=8, seed=0, mask_ratio=0.75):
     generator = torch.Generator().manual_seed(seed)
     grid = [n // block for n in crop_size]
     blocks = grid[0] * grid[1] * grid[2]
-    mask = torch.stack([torch.randperm(blocks, generator=generator) for _ in range(2 * volumes)]) < int(0.75 * blocks)
+    order = torch.stack([torch.randperm(blocks, generator=generator) for _ in range(2 * volumes)])
+    coarse = torch.randn(2 * volumes, 1, *(n // 8 for n in crop_size), generator=generator)  # crops that differ in kind
+    views = F.interpolate(coarse.exp(), size=crop_size, mode="trilinear")
+    views = (views - views.mean()) / views.std() + 0.1 * torch.randn(2 * volumes, 1, *crop_size, generator=generator)
     return {
-        "views": torch.randn(2 * volumes, 1, *crop_size, generator=generator),
-        "mask": mask.view(-1, *grid),
-        "points": torch.rand(2 * volumes, 4, 4, 4, 3, generator=generator) * (torch.tensor(crop_size) - 1),
+        "views": views,
+        "target": views + 0.1 * torch.randn(views.shape, generator=generator),
+        "mask": (order < int(mask_ratio * blocks)).view(-1, *grid),
+        "points": torch.rand(2 * volumes, 8, 8, 3, generator=generator) * (torch.tensor(crop_size) - 1),
+        "inside": (torch.rand(volumes, 8, generator=generator) < 0.8).repeat(2, 1),
+        "pair": torch.arange(volumes).repeat(2) + 40,
     }
 
 
@@ -67,12 +76,14 @@ def test_resenc_l_has_its_published_size():
 
 
 def test_published_students_have_their_published_size():
+    heads = {"teacher": "published", "projector_size": 2048, "predictor_size": 512}
+    rest = {"objective": None, "weights": PUBLISHED, "mask_ratio": 0.75, **heads, "precision": "fp32"}
     with torch.device("meta"):
         encoder = PrimusModel._from_config(PrimusConfig(image_size=(64, 64, 64)))
-        primus = build_cva(
-            encoder, OBJECTIVE, 0.75, {"decoder_layers": 2, "feature_decoder_heads": 16}, 2048, 512, "fp32", False
-        )
-        resenc = build_cva(ResEncModel._from_config(ResEncConfig()), OBJECTIVE, 0.75, {}, 2048, 512, "fp32", False)
+        decoder = {"decoder_layers": 2, "feature_decoder_heads": 16}
+        primus = build_cva(encoder, decoder=decoder, gradient_checkpointing=False, **rest)
+        encoder = ResEncModel._from_config(ResEncConfig())
+        resenc = build_cva(encoder, decoder={}, gradient_checkpointing=False, **rest)
     for model, expected in ((primus, 194.4), (resenc, 115.1)):
         assert millions(model.student) + millions(model.projector) + millions(model.predictor) == pytest.approx(
             expected, abs=0.1
@@ -103,7 +114,7 @@ def test_token_numbers_survive_the_round_trip_of_a_non_cubic_grid():
     features = tiny_cva().student.features
     grid = features.encoder.config.grid_size
     ids = torch.arange(48.0).view(1, *grid)  # token numbers, laid out as a mask is
-    as_map = features.to_map(ids.flatten(1)[..., None])
+    as_map = tokens_to_map(ids.flatten(1)[..., None], grid)
     assert torch.equal(as_map[0, 0], ids[0])
     decoder = patch_decoder(48, (8, 8, 8), 1)
     assert decoder(torch.zeros(1, 48, *grid)).shape == (1, 1, 32, 16, 48)
@@ -121,11 +132,7 @@ def test_patch_decoder_reaches_each_block_from_its_own_token():
     assert z.min() >= 6
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_composite_trains_everything_but_the_teacher(architecture, precision):
-    model = tiny_cva(architecture, precision=precision)
-    losses = model(**batch())
+def assert_all_but_the_teacher_is_trained(model, losses, weights):
     losses["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
@@ -133,8 +140,74 @@ def test_composite_trains_everything_but_the_teacher(architecture, precision):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None, name
-    parts = 5 * losses["reconstruction"] + losses["consistency"] + 0.1 * losses["contrastive"]
+    parts = sum(weight * losses[name] for name, weight in weights.items())
     torch.testing.assert_close(losses["loss"].detach(), parts)
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("teacher", ["published", "same"])
+def test_composite_trains_everything_but_the_teacher(architecture, precision, teacher):
+    model = tiny_cva(architecture, precision=precision, teacher=teacher)
+    assert_all_but_the_teacher_is_trained(model, model(**batch()), PUBLISHED)
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize(
+    ("weights", "teacher"),
+    [
+        ({"reconstruction": 5.0}, None),
+        ({"consistency": 1.0}, "published"),
+        ({"contrastive": 0.1}, "published"),
+        ({"contrastive": 1.0}, None),
+        ({"reconstruction": 5.0, "contrastive": 0.1}, "same"),
+        ({"reconstruction": 5.0, "consistency": 1.0}, "published"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
+)
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.0])
+def test_only_what_the_terms_need_is_built(architecture, weights, teacher, mask_ratio):
+    """No parameter is without a gradient: data parallel training would stop, the optimiser would decay it."""
+    model = tiny_cva(architecture, weights=weights, teacher=teacher, mask_ratio=mask_ratio)
+    losses = model(**batch(mask_ratio=mask_ratio))
+    assert {"reconstruction", "consistency", "contrastive"} & losses.keys() == weights.keys()
+    assert_all_but_the_teacher_is_trained(model, losses, weights)
+    model.update_teacher(0.9)
+
+
+def test_reconstruction_is_of_the_target():
+    model, data = tiny_cva(), batch()
+    expected = model(**data)["reconstruction"]
+    assert model(**data | {"target": data["target"] + 1})["reconstruction"] != expected
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+def test_gradient_norms_are_those_of_each_term_where_it_enters_the_encoder(architecture):
+    model, data = tiny_cva(architecture), batch()
+    losses = model(**data, gradient_norms=True)
+    for term, weight in PUBLISHED.items():
+        outputs = model.forward_views(**data)
+        loss = weight * model.objective(outputs, lambda t: t[None])[term]
+        gradients = torch.autograd.grad(loss, outputs["encoded"], allow_unused=True)
+        norm = torch.cat([g.flatten() for g in gradients if g is not None]).norm()
+        torch.testing.assert_close(losses[f"gradient_of_{term}"], norm)
+    losses["loss"].backward()  # and the step goes on as without them
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    plain = tiny_cva(architecture)
+    plain(**data)["loss"].backward()
+    for ours, theirs in zip(gradients, (p.grad for p in plain.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+def test_dense_features_lie_where_their_voxels_are(architecture):
+    encoder = tiny_cva(architecture).student.features.encoder.eval()
+    views = torch.zeros(1, 1, 32, 16, 48)
+    changed = views.clone()
+    changed[..., 24:32, 0:8, 16:24] = 5.0
+    difference = (dense_features(encoder, changed) - dense_features(encoder, views)).abs().sum(1)[0]
+    assert difference.shape == (4, 2, 6)
+    assert difference.argmax() == torch.arange(48).view(4, 2, 6)[3, 0, 2]
 
 
 @pytest.mark.parametrize("architecture", ["primus", "resenc"])
@@ -147,14 +220,20 @@ def test_gradient_checkpointing_changes_nothing(architecture):
             torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
-def test_teacher_is_the_moving_average_of_the_student():
-    model = tiny_cva()
+@pytest.mark.parametrize("path", ["published", "same"])
+def test_teacher_is_the_moving_average_of_the_student(path):
+    model = tiny_cva(teacher=path)
+    students = dict(model.named_parameters())
     pairs = [
-        (t, dict(model.named_parameters())[n.replace("teacher.features", "student.features").replace("teacher.p", "p")])
+        (t, students[n.replace("teacher.features", "student.features").replace("teacher.p", "p")])
         for n, t in model.named_parameters()
         if n.startswith("teacher.")
     ]
-    assert len(pairs) == len(list(model.student.features.parameters())) + len(list(model.projector.parameters()))
+    parts = [model.student.features, model.projector]
+    shared = {id(p) for part in parts for p in part.parameters()}
+    if path == "published":
+        shared -= {id(p) for p in model.student.features.feature_decoder.parameters()}
+    assert {id(student) for _, student in pairs} == shared
     for teacher, student in pairs:
         assert torch.equal(teacher, student)
     before = [t.clone() for t, _ in pairs]
@@ -163,6 +242,18 @@ def test_teacher_is_the_moving_average_of_the_student():
     model.update_teacher(0.9)
     for old, (teacher, student) in zip(before, pairs):
         torch.testing.assert_close(teacher, 0.9 * old + 0.1 * student)
+
+
+def test_a_teacher_of_the_same_path_sees_what_the_unmasked_student_sees():
+    for path, agrees in (("same", True), ("published", False)):
+        model = tiny_cva(teacher=path, mask_ratio=0.0).eval()
+        outputs = model.forward_views(**batch(mask_ratio=0.0))
+        student = model.student(
+            outputs["target"] * 0, outputs["voxel_mask"][:, 0, ::8, ::8, ::8], outputs["voxel_mask"]
+        )
+        teacher, pooled = model.teacher["features"](outputs["target"] * 0)
+        assert torch.allclose(student.dense, teacher, atol=1e-5) == agrees
+        assert torch.allclose(student.pooled, pooled, atol=1e-5) == agrees
 
 
 def test_teacher_has_no_drop_path():

@@ -123,7 +123,7 @@ def assert_same_features(network, encoder, crop):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pretrained", "fresh"])
 def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys):
-    student = MaskedResEnc(resenc()).eval()
+    student = MaskedResEnc(resenc(), {"reconstruction"}).eval()
     encoder = student.features.encoder
     given = student.decoder.state_dict() if decoder == "pretrained" else None
     path = written(checkpoint(encoder, given, "test"), tmp_path)
@@ -205,7 +205,7 @@ def test_an_encoder_that_nnunet_cannot_build_is_refused():
 def test_one_tensor_is_stored_once(tmp_path):
     encoder = resenc(**TINY_RESENC)
     path = written(checkpoint(encoder, None, "test"), tmp_path)
-    parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder).parameters())
+    parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder, {"reconstruction"}).parameters())
     assert path.stat().st_size < 1.5 * parameters + 100_000  # four names a tensor, one copy
 
 
@@ -213,6 +213,9 @@ def test_one_tensor_is_stored_once(tmp_path):
 def test_our_own_checkpoint_is_a_warm_start_that_asks_nothing(encoder, tmp_path):
     path = written(checkpoint(encoder, None, "test"), tmp_path)
     fresh = type(encoder)(encoder.config)
-    student = MaskedResEnc(fresh) if encoder.config.model_type == "resenc" else MaskedPrimus(fresh, 0.75, 1, 2)
+    terms = {"reconstruction", "consistency", "contrastive"}
+    student = (
+        MaskedResEnc(fresh, terms) if encoder.config.model_type == "resenc" else MaskedPrimus(fresh, terms, 0.75, 1, 2)
+    )
     load_pretrained(student, str(path))
     assert all(torch.equal(w, encoder.state_dict()[name]) for name, w in fresh.state_dict().items())

@@ -1,12 +1,13 @@
 """Recipes: all shipped ones are valid, and every mistake gets one line with key and remedy."""
 
 import itertools
+import warnings
 
 import pytest
 from conftest import ROOT, TINY
 
 from training.recipe import differences, load_recipe
-from training.schedules import learning_rate
+from training.schedules import learning_rate, teacher_momentum
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 RESENC = ROOT / "recipes" / "resenc_l.yaml"
@@ -64,7 +65,24 @@ def test_overrides():
         (["train.log_every=50"], r"train\.checkpoint_every=60 is not a multiple .*set train\.checkpoint_every=100"),
         (["model.size=M"], r"give either size or these three"),
         (["model.architecture=vit"], r"model"),
-        (["loss.consistency=gram"], r"loss\.consistency: .*cosine"),
+        (["loss.consistency=gramm"], r"loss\.consistency: .*cosine"),
+        (["loss.consistency=none"], r"consistency=none with consistency_weight=1: set consistency=none and"),
+        (["loss.consistency_weight=0"], r"consistency=cosine with consistency_weight=0"),
+        (
+            [
+                "loss.reconstruction_weight=0",
+                "loss.consistency_weight=0",
+                "loss.consistency=none",
+                "loss.contrastive_weight=0",
+            ],
+            "nothing would be trained",
+        ),
+        (["teacher=null"], r"loss\.consistency=cosine needs a teacher"),
+        (["train.accumulate=3"], r"does not divide into train\.accumulate=3 .*set train\.batch_size=9"),
+        (["views.shared.zoom.range=[1.4,0.7]"], r"views\.shared\.zoom: range=\[1\.4, 0\.7\] must be \[low, high\]"),
+        (["views.independent.rotation.degrees=[0,0,200]"], r"views\.independent\.rotation\.degrees.*180"),
+        (["intensity.low_resolution.range=[0.5,2]"], r"intensity: low_resolution\.range must be within"),
+        (["intensity.noise.probability=2"], r"intensity\.noise\.probability"),
         (["data.orientation=XYZ"], r"data\.orientation"),
         (["views.crop_size=[16,16,16]"], r"views\.crop_size=\[16, 16, 16\] is too small .*use 24 or more"),
         (["views.crop_size=[1,2"], r"views\.crop_size: cannot read the value"),
@@ -87,13 +105,19 @@ def test_resenc_crop_must_fit_its_stride():
 def test_resenc_stages():
     with pytest.raises(ValueError, match="must begin with 1"):
         load_recipe(RESENC, ["model.strides=[2,2,2,2,2,2]"])
-    with pytest.raises(ValueError, match="at least twice the encoder's total stride 32"):
-        load_recipe(RESENC, ["views.crop_size=[128,32,128]"])
+    with pytest.raises(ValueError, match="must exceed the encoder's total stride 32"):
+        load_recipe(RESENC, ["views.crop_size=[32,32,32]"])
+    load_recipe(RESENC, ["views.crop_size=[256,256,32]"])
 
 
 def test_batch_must_divide_over_the_ranks():
     recipe = load_recipe(DEMO)
     recipe.check_ranks(4)
+    with pytest.warns(UserWarning, match="at a time"):
+        recipe = load_recipe(DEMO, ["train.accumulate=4"])
+    with pytest.raises(ValueError, match=r"4 ranks x 4 micro-batches: set train\.batch_size=16"):
+        recipe.check_ranks(4)
+    recipe = load_recipe(DEMO)
     with pytest.raises(ValueError, match=r"train\.batch_size=8 does not divide over 3 ranks: set train\.batch_size=9"):
         recipe.check_ranks(3)
 
@@ -113,6 +137,54 @@ def test_differences_leave_out_what_does_not_change_results(tmp_path):
     load_recipe(DEMO).save(tmp_path / "recipe.yaml")
     assert differences(load_recipe(DEMO, ["train.log_every=6", "data.workers=3"]), tmp_path / "recipe.yaml") == []
     assert differences(load_recipe(DEMO, ["seed=3"]), tmp_path / "recipe.yaml") == ["seed is 0 there and 3 here"]
+
+
+def test_accumulation_warns_where_it_is_not_the_batch_at_once():
+    with pytest.warns(UserWarning, match=r"train\.accumulate=2 is not the loss of 8 volumes .* see 4 at a time"):
+        load_recipe(DEMO, ["train.accumulate=2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        only = ["loss.consistency=none", "loss.consistency_weight=0", "loss.contrastive_weight=0"]
+        load_recipe(DEMO, ["train.accumulate=2", *only])
+    with pytest.warns(UserWarning, match="without negatives"):
+        load_recipe(DEMO, ["train.batch_size=1"])
+
+
+def test_a_recipe_holds_what_differs_from_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    (tmp_path / "mine.yaml").write_text(
+        "base: base.yaml\nname: mine\nloss: {consistency: gram}\ntrain: {steps: 7, warmup_steps: 1}"
+    )
+    (tmp_path / "yours.yaml").write_text(
+        "base: mine.yaml\noptimizer: {name: sgd, learning_rate: 1, weight_decay: 0, momentum: 0.9}"
+    )
+    demo, mine, yours = (load_recipe(tmp_path / f"{name}.yaml") for name in ("base", "mine", "yours"))
+    assert mine.train.steps == 7
+    assert mine.loss.consistency == "gram"
+    assert mine.model_copy(update={"name": "demo", "loss": demo.loss, "train": demo.train}) == demo
+    assert yours.optimizer.momentum == 0.9  # another kind of optimiser: nothing is kept of the base's
+    mine.save(tmp_path / "saved.yaml")
+    assert "base" not in (tmp_path / "saved.yaml").read_text()
+    assert load_recipe(tmp_path / "saved.yaml") == mine
+
+
+def test_bases_that_cannot_be(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ValueError, match="without a circle"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("base: none.yaml")
+    with pytest.raises(ValueError, match=r"none\.yaml: No such file"):
+        load_recipe(tmp_path / "c.yaml")
+
+
+def test_teacher_momentum_is_constant_or_rises_along_a_cosine():
+    assert [teacher_momentum(s, 10, 0.9, 0.9) for s in range(10)] == pytest.approx([0.9] * 10)
+    rises = [teacher_momentum(s, 100, 0.9, 1.0) for s in range(101)]
+    assert rises[0] == pytest.approx(0.9)
+    assert rises[50] == pytest.approx(0.95)
+    assert rises[100] == pytest.approx(1.0)
+    assert all(a <= b for a, b in itertools.pairwise(rises))
 
 
 def test_learning_rate_rises_then_falls():

@@ -67,7 +67,13 @@ def test_what_a_run_leaves_behind(runs):
         }
         assert wanted | {"feature_std", "feature_variance", "learning_rate", "grad_norm"} <= records[0].keys()
         assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_2", "step_4"]
-        assert {p.name for p in (output / "report").iterdir()} == {"losses.png", "reconstruction.png", "views.png"}
+        assert {p.name for p in (output / "report").iterdir()} == {
+            "losses.png",
+            "reconstruction.png",
+            "views.png",
+            "features_step_2.png",
+            "features_step_4.png",
+        }
         assert list((output / "logs").rglob("events.out.tfevents*"))
         assert {"config.json", "model.safetensors", "README.md", "modeling_primus.py"} <= {
             p.name for p in (output / "encoder").iterdir()

@@ -1,6 +1,7 @@
 """What a run says before it starts: what a step is, what it costs, and whether the disk can hold the result."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,23 @@ from .recipe import Recipe
 from .runtime import describe_engine
 
 
+def say_what_is_default(recipe_given: bool, data_given: bool) -> None:
+    """Tell a first run what it is about to do; only the first rank speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    data = "the MNI152 T1 template that nilearn ships"
+    if not data_given and not recipe_given:
+        print(
+            f"This is the demo: a small Primus on {data}.\n"
+            "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
+            f"python train_cva.py --help shows the commands.\n"
+        )
+    elif not data_given:
+        print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
+    elif not recipe_given:
+        print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
+
+
 def print_banner(
     accelerator: Accelerator, model: ConsistentViewAlignment, cost: dict[str, float], recipe: Recipe, output: Path
 ) -> None:
@@ -20,13 +38,14 @@ def print_banner(
 
     Args:
         model: not yet wrapped.
-        cost: of one rank's share of a step (`step_cost`).
+        cost: of one rank's share of a micro-batch (`step_cost`).
 
     Raises:
         ValueError: if the disk has no room for the checkpoints.
     """
     ranks, batch, crop = accelerator.num_processes, recipe.train.batch_size, recipe.views.crop_size
-    views = 2 * batch // ranks
+    accumulate = recipe.train.accumulate
+    views = 2 * batch // (ranks * accumulate)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
@@ -47,9 +66,10 @@ def print_banner(
         "output": output,
         "encoder": f"{recipe.model.architecture}, {encoder / 1e6:.1f} M parameters; with heads {trained / 1e6:.1f} M "
         f"trained, teacher {teacher / 1e6:.1f} M",
-        "step": f"{batch} volumes = {2 * batch} views of {crop[0]} x {crop[1]} x {crop[2]}, {views} a rank; "
+        "step": f"{batch} volumes = {2 * batch} views of {crop[0]} x {crop[1]} x {crop[2]}, {views} a rank"
+        f"{f' in each of {accumulate} micro-batches' if accumulate > 1 else ''}; "
         f"{blocks} {tokens} a view, {int(recipe.mask.ratio * blocks)} of them masked",
-        "cost": f"{cost['flops'] * ranks / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
+        "cost": f"{cost['flops'] * ranks * accumulate / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
         "memory": f"about {(states + cost['activation_bytes']) / 1e9:.2f} GB a rank: weights, gradients and optimiser "
         f"{states / 1e9:.2f}, activations {cost['activation_bytes'] / 1e9:.2f}",
     }

@@ -1,5 +1,7 @@
 """What a step will cost, found by running it on tensors without data."""
 
+import math
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,10 +14,15 @@ from .recipe import Recipe
 def step_inputs(recipe: Recipe, volumes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what the composite is called with, for a batch of `volumes`."""
     crop, views = recipe.views.crop_size, recipe.views
+    cells, samples = math.prod(views.cells), math.prod(views.samples_per_cell)
+    image = ((2 * volumes, 1, *crop), torch.float32)
     return {
-        "views": ((2 * volumes, 1, *crop), torch.float32),
+        "views": image,
+        "target": image,
         "mask": ((2 * volumes, *(size // recipe.mask.block for size in crop)), torch.bool),
-        "points": ((2 * volumes, *(n * views.samples_per_cell for n in views.cells), 3), torch.float32),
+        "points": ((2 * volumes, cells, samples, 3), torch.float32),
+        "inside": ((2 * volumes, cells), torch.bool),
+        "pair": ((2 * volumes,), torch.int64),
     }
 
 

@@ -3,12 +3,15 @@
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+from .recipe import Recipe
 
 
 class Metrics:
@@ -19,10 +22,14 @@ class Metrics:
         flops: floating point operations of one step over all ranks.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, steps: int, volumes: int, flops: float):
-        self.accelerator, self.path, self.volumes, self.flops = accelerator, path, volumes, flops
+    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, recipe: Recipe, flops: float):
+        self.accelerator, self.path, self.train, self.flops = accelerator, path, recipe.train, flops
         self.bar = tqdm(
-            total=steps, initial=first_step, desc="pretraining", unit="step", disable=not accelerator.is_main_process
+            total=recipe.train.steps,
+            initial=first_step,
+            desc="pretraining",
+            unit="step",
+            disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
@@ -33,16 +40,19 @@ class Metrics:
 
     def _start_interval(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.counts: Counter[str] = Counter()
+        self.micro_batches, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor], waited: float) -> None:
-        """Note one step: its losses, still on the device, and the seconds it waited for data."""
+        """Note one micro-batch: its losses, still on the device, and the seconds it waited for data."""
         for key, value in losses.items():
             value = value.detach()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.steps += 1
+        self.counts.update(losses.keys())
+        self.micro_batches += 1
         self.waited += waited
-        self.bar.update()
+        if self.micro_batches % self.train.accumulate == 0:
+            self.bar.update()
 
     def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
         """Write the record of the steps up to `step`.
@@ -51,15 +61,16 @@ class Metrics:
             FloatingPointError: if the loss is not finite, on all ranks alike.
         """
         keys = list(self.sums)
-        means = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]) / self.steps, "mean").tolist()
+        means = torch.stack([self.sums[key] / self.counts[key] for key in keys])
+        means = self.accelerator.reduce(means, "mean").tolist()
         elapsed = time.perf_counter() - self.started
-        seconds = elapsed / self.steps
+        seconds = elapsed * self.train.accumulate / self.micro_batches
         record = {"step": step, **dict(zip(keys, means))}
         record |= {
             "learning_rate": learning_rate,
             "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
             "seconds": seconds,
-            "volumes_per_second": self.volumes / seconds,
+            "volumes_per_second": self.train.batch_size / seconds,
             "data_wait": self.waited / elapsed,
             "tflops": self.flops / seconds / 1e12,
         }

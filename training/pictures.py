@@ -1,4 +1,4 @@
-"""The pictures of `report/`: how the losses went, what is reconstructed, what the two views share."""
+"""The pictures of `report/`: losses, reconstruction, the places that are compared, and what the features see."""
 
 from pathlib import Path
 
@@ -8,25 +8,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
-
-from data.views import shared_box, to_crop
 
 GREY = plt.get_cmap("gray").with_extremes(bad="#31506e")  # hidden voxels are blue
+CELL_DEPTH = 4.0  # voxels: how far a centre may lie from the plane in which it is drawn
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))  # name and the axis it cuts, for RAS volumes
 
 
 def draw_losses(records: list[dict[str, float]], path: Path) -> None:
-    """Each part of the loss, and the collapse monitors, over the steps."""
-    keys = ["loss", "reconstruction", "consistency", "contrastive", "contrastive_accuracy", "feature_std"]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, constrained_layout=True)
-    for key, axis in zip(keys, axes.flat):
-        axis.plot([r["step"] for r in records], [r[key] for r in records], linewidth=1.2)
-        axis.set_title(key.replace("_", " "))
+    """The loss, its terms and what was watched of them, over the steps."""
+    names = ["loss", "reconstruction", "consistency", "contrastive", "retrieval", "feature_std", "contrastive_accuracy"]
+    names = [n for n in (*names, "embedding_variance") if n in records[0]] if records else names
+    rows, columns = (2, -(-len(names) // 2)) if len(names) > 3 else (1, len(names))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 3 * rows), sharex=True, squeeze=False, constrained_layout=True
+    )
+    for name, axis in zip(names, axes.flat):
+        axis.plot([r["step"] for r in records], [r[name] for r in records], linewidth=1.2)
+        axis.set_title(name.replace("_", " "))
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=min(0.0, min((r[key] for r in records), default=0.0)))
-    for axis in axes[1]:
+        axis.set_ylim(bottom=min(0.0, min((r[name] for r in records), default=0.0)))
+    for axis in axes[-1]:
         axis.set_xlabel("step")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
     _save(figure, path)
 
 
@@ -49,32 +53,74 @@ def draw_reconstruction(crop: torch.Tensor, mask: torch.Tensor, reconstruction: 
     _save(figure, path)
 
 
-def draw_views(views: torch.Tensor, affines: torch.Tensor, path: Path) -> None:
-    """Two views in three planes through the centre of the region they share, which is framed.
+def draw_alignment(
+    views: list[torch.Tensor],
+    points: list[torch.Tensor],
+    inside: list[torch.Tensor],
+    path: Path,
+    planes: tuple[tuple[str, int], ...] = PLANES,
+    titles: tuple[str, ...] = ("",),
+) -> None:
+    """Pairs of views, a row each, with the centres of the cells that are compared: the same colour is the same place.
+
+    Each picture shows the plane in which most centres lie, and the centres within a cell of it.
+
+    Args:
+        views: of each pair `[2, X, Y, Z]`.
+        points, inside: of each pair `[2, P, S, 3]` and `[P]`, see `alignment_points`.
+    """
+    columns = 2 * len(planes)
+    figure, axes = plt.subplots(
+        len(views), columns, figsize=(3.1 * columns, 3.4 * len(views)), squeeze=False, constrained_layout=True
+    )
+    for row, pair, places, reached, title in zip(axes, views, points, inside, titles):
+        low, high = (float(q) for q in np.quantile(pair.numpy(), (0.01, 0.999)))
+        if not reached.any():
+            row[0].set_title("the views share no cell", fontsize=9)
+        centres = places[:, reached].mean(dim=2).numpy()  # [2, cells, 3]
+        lowest, highest = (f(centres[0], axis=0, initial=s) for f, s in ((np.min, np.inf), (np.max, -np.inf)))
+        colours = 0.15 + 0.85 * (centres[0] - lowest) / np.maximum(highest - lowest, 1e-6)
+        pictures = [(plane, number) for plane in planes for number in (0, 1)]
+        for cell, ((plane, axis), number) in zip(row, pictures):
+            depth = centres[number][:, axis]
+            middle = depth[np.abs(depth - np.median(depth)).argmin()] if len(depth) else pair.shape[1 + axis] / 2
+            _show(cell, pair[number].numpy(), axis, round(float(middle)), low, high)
+            near = np.abs(depth - middle) < CELL_DEPTH
+            u, v = (a for a in range(3) if a != axis)
+            flat = centres[number][near]
+            cell.scatter(flat[:, u], flat[:, v], c=colours[near], s=34, edgecolors="black", linewidths=0.7)
+            cell.set_title(f"{title}view {number + 1}, {plane}", fontsize=9)
+    _save(figure, path)
+
+
+def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor, path: Path) -> None:
+    """Two views and their dense features, the three main components of both together as red, green and blue.
+
+    Where the features agree on what a place is, it has the same colour in both views.
 
     Args:
         views: `[2, X, Y, Z]`.
-        affines: their `crop_to_volume`, `[2, 3, 4]`.
+        dense: `[2, D, x, y, z]`.
+        place: `[2, 3]`, the same place in voxels of each view; the planes go through it.
     """
-    low, high = shared_box(affines, tuple(views.shape[1:]))
-    corners = to_crop(affines, torch.stack((low, high), dim=1).repeat(2, 1, 1))  # [2 views, 2 corners, 3]
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), constrained_layout=True)
-    for number, (row, view, ends) in enumerate(zip(axes, views, corners), start=1):
-        first, last = ends.amin(0).numpy(), ends.amax(0).numpy()
-        for cell, (plane, axis) in zip(row, PLANES):
-            _show(
-                cell,
-                view.numpy(),
-                axis,
-                round(float(first[axis] + last[axis]) / 2),
-                float(views.min()),
-                float(views.max()),
+    rows = torch.nn.functional.normalize(dense.movedim(1, -1).flatten(0, -2), dim=1)
+    rows = rows - rows.mean(0)
+    _, directions = torch.linalg.eigh(rows.T @ rows)  # ascending
+    main = rows @ directions[:, -3:].flip(1)
+    low, high = (torch.tensor(np.quantile(main.numpy(), q, axis=0)) for q in (0.02, 0.98))
+    colours = ((main - low) / (high - low)).clamp(0, 1).view(2, *dense.shape[2:], 3).numpy()
+    figure, axes = plt.subplots(2, 6, figsize=(15, 5.4), constrained_layout=True)
+    for number, (row, view, colour) in enumerate(zip(axes, views, colours), start=1):
+        for (plane, axis), left, right in zip(PLANES, row[::2], row[1::2]):
+            index = min(max(round(float(place[number - 1, axis])), 0), view.shape[axis] - 1)
+            _show(left, view.numpy(), axis, index, float(views.min()), float(views.max()))
+            left.set_title(f"view {number}, {plane}", fontsize=9)
+            cells = np.take(colour, index * colour.shape[axis] // view.shape[axis], axis=axis)
+            (right_end, upper_end) = (n for a, n in enumerate(view.shape) if a != axis)
+            right.imshow(
+                cells.swapaxes(0, 1), origin="lower", interpolation="nearest", extent=(0, right_end, 0, upper_end)
             )
-            u, v = (a for a in range(3) if a != axis)
-            corner, width, height = (first[u], first[v]), last[u] - first[u], last[v] - first[v]
-            cell.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="tab:orange", linewidth=2))
-            cell.set_title(f"view {number}, {plane}", fontsize=9)
-    figure.suptitle("two views of one volume; the frame is the region that they share", fontsize=10)
+            right.set_axis_off()
     _save(figure, path)
 
 

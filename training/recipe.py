@@ -4,151 +4,29 @@ import difflib
 import math
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.views import least_shared
-from models import DENSE_STRIDE, PRIMUS_SIZES
+from models import DENSE_STRIDE
 
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
-Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Data(Section):
-    orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
-    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
-    max_bad_share: Share  # more unusable files than this stop the run
-    workers: Annotated[int, Field(ge=0)]  # loader processes a rank
-
-    @field_validator("orientation")
-    @classmethod
-    def _axes(cls, orientation: str) -> str:
-        if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
-            raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
-        return orientation
-
-
-class Views(Section):
-    crop_size: Size3  # voxels
-    overlap: tuple[Share, Share]  # range of the shared fraction of a crop's volume
-    mirror: Share  # probability an axis, both views together
-    cells: Size3  # dense features are compared on this grid over the shared region
-    samples_per_cell: PositiveInt  # an axis
-
-
-class Mask(Section):
-    ratio: Annotated[float, Field(gt=0, lt=1)]
-    block: PositiveInt  # voxels
-
-
-class Primus(Section):
-    architecture: Literal["primus"]
-    size: Literal["S", "B", "M", "L"] | None = None  # or the three numbers that follow
-    hidden_size: PositiveInt | None = None
-    num_hidden_layers: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
-    patch_size: PositiveInt  # voxels a token and axis
-    drop_path_rate: BelowOne
-    decoder_layers: PositiveInt  # of each of the two decoders that exist in pretraining only
-    feature_decoder_heads: PositiveInt
-
-    @model_validator(mode="after")
-    def _sizes(self):
-        given = {k: getattr(self, k) for k in PRIMUS_SIZES["M"]}
-        if self.size and any(given.values()):
-            raise ValueError(f"size={self.size} sets {', '.join(given)}; give either size or these three")
-        if not self.size and not all(given.values()):
-            raise ValueError(f"give size (S, B, M or L) or all of {', '.join(given)}")
-        if self.patch_size & (self.patch_size - 1) or self.patch_size < 2:
-            raise ValueError(f"patch_size={self.patch_size} must be a power of two, from 2 on")
-        numbers = self.numbers()
-        for heads in (numbers["num_attention_heads"], self.feature_decoder_heads):
-            if numbers["hidden_size"] % (6 * heads):
-                raise ValueError(f"hidden_size={numbers['hidden_size']} must be a multiple of 6 x heads = {6 * heads}")
-        return self
-
-    def numbers(self) -> dict[str, int]:
-        return PRIMUS_SIZES[self.size] if self.size else {k: getattr(self, k) for k in PRIMUS_SIZES["M"]}
-
-    def encoder_arguments(self) -> dict[str, Any]:
-        sizes = {"patch_size": (self.patch_size,) * 3, "drop_path_rate": self.drop_path_rate}
-        return {"architecture": "primus", **self.numbers(), **sizes}
-
-    def decoder_arguments(self) -> dict[str, int]:
-        return {"decoder_layers": self.decoder_layers, "feature_decoder_heads": self.feature_decoder_heads}
-
-
-class ResEnc(Section):
-    architecture: Literal["resenc"]
-    hidden_sizes: list[PositiveInt]  # channels a stage
-    strides: list[PositiveInt]
-    depths: list[PositiveInt]  # residual blocks a stage
-
-    @model_validator(mode="after")
-    def _stages(self):
-        if not len(self.hidden_sizes) == len(self.strides) == len(self.depths) >= 2:
-            raise ValueError("hidden_sizes, strides and depths must have one entry a stage, two stages at least")
-        if self.strides[0] != 1:
-            raise ValueError(f"strides={self.strides} must begin with 1: the decoder ends at the first stage")
-        return self
-
-    def encoder_arguments(self) -> dict[str, Any]:
-        return self.model_dump()
-
-    def decoder_arguments(self) -> dict[str, int]:
-        return {}
-
-
-class Heads(Section):
-    projector_size: PositiveInt
-    predictor_size: PositiveInt
-
-
-class Loss(Section):
-    reconstruction_weight: Weight
-    consistency: Literal["cosine"]
-    consistency_weight: Weight
-    contrastive_weight: Weight
-    temperature: PositiveFloat
-
-
-class Teacher(Section):
-    momentum: Share
-
-
-class AdamW(Section):
-    name: Literal["adamw"]
-    learning_rate: PositiveFloat
-    weight_decay: Weight
-    betas: tuple[BelowOne, BelowOne]
-
-
-class SGD(Section):
-    name: Literal["sgd"]
-    learning_rate: PositiveFloat
-    weight_decay: Weight
-    momentum: BelowOne  # Nesterov
-
-
-class Train(Section):
-    steps: PositiveInt
-    batch_size: PositiveInt  # volumes a step over all ranks, two views each
-    precision: Literal["fp32", "bf16"]
-    gradient_checkpointing: bool
-    warmup_steps: Annotated[int, Field(ge=0)]
-    decay_power: Weight  # lr * (1 - progress) ** power after the warm-up
-    clip_norm: PositiveFloat
-    log_every: PositiveInt
-    checkpoint_every: PositiveInt
+from .recipe_sections import (
+    SGD,
+    AdamW,
+    Data,
+    Heads,
+    Intensity,
+    Loss,
+    Mask,
+    Primus,
+    ResEnc,
+    Section,
+    Teacher,
+    Train,
+    Views,
+)
 
 
 class Recipe(Section):
@@ -158,11 +36,12 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)]
     data: Data
     views: Views
+    intensity: Intensity
     mask: Mask
     model: Annotated[Primus | ResEnc, Field(discriminator="architecture")]
     heads: Heads
     loss: Loss
-    teacher: Teacher
+    teacher: Teacher | None  # null: the student's views are contrasted with each other (SimCLR)
     optimizer: Annotated[AdamW | SGD, Field(discriminator="name")]
     train: Train
 
@@ -179,9 +58,10 @@ class Recipe(Section):
             _divides("views.crop_size", crop, total, "the encoder's total stride")
             _divides("views.crop_size", crop, DENSE_STRIDE, "the stride of the dense features")
             _divides("views.crop_size", crop, block, "mask.block")
-            if min(crop) < 2 * total:
+            if math.prod(crop) <= total**3:
                 raise ValueError(
-                    f"views.crop_size={list(crop)} must be at least twice the encoder's total stride {total}"
+                    f"views.crop_size={list(crop)} must exceed the encoder's total stride {total}: its deepest stage "
+                    "would have a single cell, which instance norm sets to 0"
                 )
         stride = self.model.patch_size if isinstance(self.model, Primus) else DENSE_STRIDE
         if any(least_shared(size) <= stride for size in crop):
@@ -190,14 +70,15 @@ class Recipe(Section):
                 f"{min(map(least_shared, crop))} voxels of an axis; use {3 * stride} or more"
             )
         blocks = crop[0] * crop[1] * crop[2] // block**3
-        if not 0 < int(self.mask.ratio * blocks) < blocks:
+        if self.mask.ratio and not int(self.mask.ratio * blocks):
             raise ValueError(
-                f"mask.ratio={self.mask.ratio} of {blocks} blocks hides none; raise it or lower mask.block"
+                f"mask.ratio={self.mask.ratio} of {blocks} blocks hides none: raise it, lower mask.block, or set 0"
             )
         if self.views.overlap[0] > self.views.overlap[1] or self.views.overlap[0] == 0:
             raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0 < low <= high")
-        if self.train.batch_size == 1 and self.loss.contrastive_weight > 0:
-            warnings.warn("train.batch_size=1 leaves the contrastive term without negatives: it stays 0", stacklevel=2)
+        if self.loss.consistency != "none" and self.teacher is None:
+            raise ValueError(f"loss.consistency={self.loss.consistency} needs a teacher: set teacher.momentum")
+        self._check_batch()
         if self.train.checkpoint_every % self.train.log_every:
             better = -(-self.train.checkpoint_every // self.train.log_every) * self.train.log_every
             raise ValueError(
@@ -210,13 +91,33 @@ class Recipe(Section):
             )
         return self
 
-    def check_ranks(self, ranks: int) -> None:
-        """Raise ValueError unless the global batch divides over the ranks."""
-        batch = self.train.batch_size
-        if batch % ranks:
-            better = ranks * max(1, round(batch / ranks))
+    def _check_batch(self) -> None:
+        batch, accumulate = self.train.batch_size, self.train.accumulate
+        if batch % accumulate:
             raise ValueError(
-                f"train.batch_size={batch} does not divide over {ranks} ranks: set train.batch_size={better}"
+                f"train.batch_size={batch} does not divide into train.accumulate={accumulate} micro-batches: "
+                f"set train.batch_size={accumulate * max(1, round(batch / accumulate))}"
+            )
+        together = batch // accumulate
+        if together == 1 and self.loss.contrastive_weight:
+            warnings.warn(
+                "one volume at a time leaves the contrastive term without negatives: it stays 0", stacklevel=2
+            )
+        if accumulate > 1 and self.loss.weights().keys() != {"reconstruction"}:
+            warnings.warn(
+                f"train.accumulate={accumulate} is not the loss of {batch} volumes at once: batch norm and negatives "
+                f"of the heads see {together} at a time (only reconstruction is a plain mean over volumes)",
+                stacklevel=2,
+            )
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError unless each micro-batch divides over the ranks."""
+        batch, unit = self.train.batch_size, ranks * self.train.accumulate
+        if batch % unit:
+            over = f"{ranks} ranks" + (f" x {self.train.accumulate} micro-batches" if self.train.accumulate > 1 else "")
+            raise ValueError(
+                f"train.batch_size={batch} does not divide over {over}: "
+                f"set train.batch_size={unit * max(1, round(batch / unit))}"
             )
 
     def save(self, path: Path) -> None:
@@ -237,17 +138,12 @@ def _divides(key: str, size: tuple[int, ...], unit: int, what: str) -> None:
 def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
     """Read a recipe, apply `key.subkey=value` overrides (values in YAML), and check it.
 
+    A recipe may name another one beside it as its `base`, and then holds only what differs.
+
     Raises:
         ValueError: with one line that names the key and the remedy.
     """
-    try:
-        numbers = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--recipe {path}: {error.strerror}; the recipes are in recipes/") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(numbers, dict):
-        raise ValueError(f"--recipe {path} must hold keys and values")
+    numbers = _read(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -266,6 +162,41 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
         return Recipe.model_validate(numbers)
     except ValidationError as error:
         raise ValueError("; ".join(dict.fromkeys(_readable(e) for e in error.errors()))) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """A recipe's keys and values over those of its base."""
+    try:
+        numbers = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--recipe {path}: {error.strerror}; the recipes are in recipes/") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(numbers, dict):
+        raise ValueError(f"--recipe {path} must hold keys and values")
+    base = numbers.pop("base", None)
+    if base is None:
+        return numbers
+    if not isinstance(base, str) or path in seen:
+        raise ValueError(
+            f"--recipe {path}: base={base} must be another recipe's file beside this one, without a circle"
+        )
+    return _merge(_read(path.parent / base, (*seen, path)), numbers)
+
+
+def _merge(base: dict, changes: dict) -> dict:
+    """`changes` over `base`; a section that chooses another kind (optimizer.name, ...) replaces the whole one."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        if (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and not any(kind in value and value[kind] != old.get(kind) for kind in ("architecture", "name"))
+        ):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
 
 
 def _readable(error: dict) -> str:
@@ -292,7 +223,12 @@ def _all_keys(section: type[BaseModel]) -> list[str]:
     return keys
 
 
-RUN_ONLY = ("data.workers", "train.log_every", "train.checkpoint_every")  # may change on resume: results do not
+RUN_ONLY = (
+    "data.workers",
+    "train.log_every",
+    "train.log_gradients",
+    "train.checkpoint_every",
+)  # may change on resume: results do not
 
 
 def differences(recipe: Recipe, path: Path) -> list[str]:

@@ -18,13 +18,22 @@ PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that 
 
 
 def make_accelerator(
-    config: Path, settings: dict, output: Path, batch_per_rank: int, clip_norm: float, wrap: list[str], tracker: str
+    config: Path,
+    settings: dict,
+    output: Path,
+    batch_per_rank: int,
+    accumulate: int,
+    clip_norm: float,
+    wrap: list[str],
+    tracker: str,
 ) -> Accelerator:
     """Start the ranks' runtime.
 
     Args:
         config, settings: a file of ds_configs/ and what `read_config` found in it.
-        batch_per_rank, clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
+        batch_per_rank: volumes of a micro-batch.
+        accumulate: micro-batches a step.
+        clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
         wrap: names of the module classes that FSDP shards as a unit.
         tracker: "tensorboard" or "wandb".
 
@@ -42,7 +51,7 @@ def make_accelerator(
     else:
         settings |= {
             "train_micro_batch_size_per_gpu": batch_per_rank,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": accumulate,
             "gradient_clipping": clip_norm,
         }
         if settings["zero_optimization"].get("stage") == 3:
@@ -57,6 +66,7 @@ def make_accelerator(
     torch.backends.cudnn.benchmark = True  # crops have one size
     group = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
     accelerator = Accelerator(
+        gradient_accumulation_steps=accumulate,
         mixed_precision="no",  # the model runs its own autocast, alike under every engine
         log_with=tracker,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),

@@ -1,0 +1,32 @@
+"""Dense features of an encoder: one map a crop, whatever the architecture."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from transformers import PreTrainedModel
+
+from .modeling_primus import PrimusModel
+
+DENSE_STRIDE = (
+    8  # all stages of a ResEnc are brought to one cell per 8^3 voxels: 16^3 cells on the published 128^3 crop
+)
+
+
+def dense_features(encoder: PreTrainedModel, views: torch.Tensor) -> torch.Tensor:
+    """What an encoder makes of unmasked crops `[B, C, X, Y, Z]`, without anything of pretraining: `[B, D, x, y, z]`."""
+    if isinstance(encoder, PrimusModel):
+        grid_size = [size // patch for size, patch in zip(views.shape[2:], encoder.config.patch_size)]
+        return tokens_to_map(encoder(views).last_hidden_state, grid_size)
+    return join_stages(encoder(views, output_hidden_states=True).hidden_states)
+
+
+def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, ...]) -> torch.Tensor:
+    """Tokens `[B, N, C]` -> feature map `[B, C, x, y, z]`."""
+    x, y, z = grid_size
+    return rearrange(tokens, "b (x y z) c -> b c x y z", x=x, y=y, z=z)
+
+
+def join_stages(stages: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Feature maps of all stages of a ResEnc, the first of the crop's size -> one map `[B, D, x, y, z]`."""
+    grid_size = [size // DENSE_STRIDE for size in stages[0].shape[2:]]
+    return torch.cat([F.adaptive_avg_pool3d(stage, grid_size) for stage in stages], dim=1)  # coarse ones are repeated

@@ -6,6 +6,8 @@ import warnings
 import pytest
 from conftest import ROOT, TINY
 
+from train_cva import build_model
+from training.estimate import step_cost, step_inputs
 from training.recipe import differences, load_recipe
 from training.schedules import learning_rate, teacher_momentum
 
@@ -20,6 +22,22 @@ def test_shipped_recipes_are_valid_and_survive_saving(path, tmp_path):
     recipe.save(tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     assert differences(recipe, tmp_path / "recipe.yaml") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_trains(path):
+    """A whole step of a shallow network on the real crops, without data."""
+    recipe = load_recipe(path)
+    if recipe.model.architecture == "resenc":
+        shallow = {"hidden_sizes": [4, 8, 8, 8, 8, 8], "depths": [1] * 6}
+    elif recipe.model.size:
+        shallow = {"size": None, "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    else:
+        shallow = {}
+    recipe.model = recipe.model.model_copy(update=shallow)
+    cost = step_cost(build_model(recipe), step_inputs(recipe, volumes=1))
+    assert cost["flops"] > 1e9
 
 
 def test_published_numbers():
@@ -193,3 +211,30 @@ def test_learning_rate_rises_then_falls():
     assert rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(2.0 * 0.5**0.9)
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[10:]))
+
+
+TABLE_1 = {  # rows of the paper: consistency and weights of reconstruction, consistency, contrast
+    "ae": ("none", 5, 0, 0),
+    "mae": ("none", 5, 0, 0),
+    "cva": ("cosine", 5, 1, 0),
+    "c_cva": ("c_cva", 5, 0.2, 0),
+    "contrastive": ("none", 5, 0, 0.1),
+    "": ("cosine", 5, 1, 0.1),
+    "c_cva_contrastive": ("c_cva", 5, 0.2, 0.1),
+    "gram": ("gram", 5, 2, 0),
+    "gram_contrastive": ("gram", 5, 2, 0.1),
+    "simclr": ("none", 0, 0, 1),
+}
+
+
+@pytest.mark.parametrize("net", ["primus_m", "resenc_l"])
+@pytest.mark.parametrize("row", TABLE_1)
+def test_rows_of_the_paper(net, row):
+    recipe = load_recipe(ROOT / "recipes" / f"{'_'.join(filter(None, (net, row)))}.yaml")
+    loss = recipe.loss
+    weights = loss.reconstruction_weight, loss.consistency_weight, loss.contrastive_weight
+    assert (loss.consistency, *weights) == TABLE_1[row]
+    assert recipe.mask.ratio == (0 if row in ("ae", "simclr") else 0.75)
+    assert (recipe.teacher is None) == (row == "simclr")
+    assert recipe.views.cells == ((5, 5, 5) if "c_cva" in row and net == "primus_m" else (7, 7, 7))
+    assert recipe.views.crop_size == ((160,) * 3 if net == "primus_m" else (128,) * 3)

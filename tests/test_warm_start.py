@@ -24,6 +24,7 @@ from models.warm_start import load_pretrained
 
 RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}
 PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+STILL = ["teacher.momentum=1.0", "teacher.final_momentum=1.0"]
 TERMS = ("reconstruction", "consistency", "contrastive")
 
 
@@ -353,7 +354,7 @@ def test_a_run_starts_from_another_run_and_its_teacher_with_it(volumes, tmp_path
     common = ["--config", config("ddp"), "--data", volumes, *TINY]
     launch(*common, "--output", tmp_path / "first")
     first = load_file(tmp_path / "first" / "pretraining.safetensors")
-    done = launch(*common, "--output", tmp_path / "second", "--init-from", tmp_path / "first", "teacher.momentum=1.0")
+    done = launch(*common, "--output", tmp_path / "second", "--init-from", tmp_path / "first", *STILL)
     assert "pretraining.safetensors: " in done.stdout
     assert "left: 6 of projector, neither encoder nor reconstruction decoder" in done.stdout
     assert "fresh: " not in done.stdout
@@ -366,7 +367,7 @@ def test_a_run_starts_from_another_run_and_its_teacher_with_it(volumes, tmp_path
             assert not torch.equal(tensor, first[name]), name
     facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
     assert facts["init_from"] == str(tmp_path / "first")
-    again = [*common, "--output", tmp_path / "second", "--resume", "auto", "teacher.momentum=1.0"]
+    again = [*common, "--output", tmp_path / "second", "--resume", "auto", *STILL]
     assert "init  " not in launch(*again).stdout
     facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
     assert facts["init_from"] == str(tmp_path / "first")

@@ -67,7 +67,7 @@ from training.metrics import Metrics, read_metrics
 from training.output import choose_output
 from training.recipe import Recipe, flatten, load_recipe
 from training.report import draw_report
-from training.runtime import describe_engine, from_main_rank, make_accelerator, read_config
+from training.runtime import describe_engine, from_main_rank, make_accelerator, read_config, shards_weights
 from training.schedules import learning_rate, teacher_momentum
 
 HERE = Path(__file__).resolve().parent
@@ -263,6 +263,10 @@ def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
     settings = read_config(arguments.config)
+    if recipe.train.log_gradients and shards_weights(settings):
+        raise ValueError(
+            f"train.log_gradients needs whole weights on each rank, which {arguments.config} does not give"
+        )
     output = choose_output(arguments.output, recipe, resume=bool(arguments.resume))
     if arguments.data and os.environ.get("RANK", "0") == "0":
         find_volumes(arguments.data)  # fails before anything heavy starts

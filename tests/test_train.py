@@ -41,6 +41,11 @@ def losses(output):
     return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl")]
 
 
+def gradient_norms(output):
+    terms = ("reconstruction", "consistency", "contrastive")
+    return [[record[f"gradient_of_{term}"] for term in terms] for record in read_metrics(output / "metrics.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, volumes):
     """Uninterrupted runs: ZeRO-2 on two ranks and plain on one."""
@@ -93,6 +98,7 @@ train_cva.main(train_cva.parse_arguments())
 def test_all_engines_agree_and_resume(tmp_path, volumes):
     """Same losses, gradient norms and exported encoder, to float tolerance, whatever holds the shards."""
     numbers = [*TINY, "model.drop_path_rate=0", "train.steps=2", "train.checkpoint_every=1"]  # ranks draw drop-path
+    numbers += ["train.accumulate=2"]
     (tmp_path / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
 
     def run(name, *more):
@@ -101,8 +107,8 @@ def test_all_engines_agree_and_resume(tmp_path, volumes):
         arguments = ["--config", config(name), "--data", volumes, "--output", tmp_path / name, *numbers, *more]
         return launch(*arguments, ranks=2, script=script, launcher=launcher)
 
-    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        run(name)
+    for name in ("ddp", "zero2", "zero1", "zero3", "fsdp2"):
+        run(name, *["train.log_gradients=true"] * (name in ("ddp", "zero2")))
     expected = torch.tensor(losses(tmp_path / "ddp"))
     weights = load_file(tmp_path / "ddp" / "encoder" / "model.safetensors")
     for name in ("zero1", "zero2", "zero3", "fsdp2"):
@@ -111,6 +117,9 @@ def test_all_engines_agree_and_resume(tmp_path, volumes):
         assert other.keys() == weights.keys()
         for key in weights:
             torch.testing.assert_close(other[key], weights[key], rtol=0, atol=1e-4)
+
+    pulls = [torch.tensor(gradient_norms(tmp_path / name)) for name in ("ddp", "zero2")]
+    torch.testing.assert_close(*pulls, rtol=1e-4, atol=0)
 
     for name in ("zero3", "fsdp2"):
         before, encoder = losses(tmp_path / name), load_file(tmp_path / name / "encoder" / "model.safetensors")

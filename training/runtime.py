@@ -133,6 +133,11 @@ def read_config(path: Path) -> dict:
     return settings
 
 
+def shards_weights(settings: dict) -> bool:
+    """Whether no rank holds whole weights (ZeRO-3, FSDP2)."""
+    return "fsdp" in settings or settings.get("zero_optimization", {}).get("stage") == 3
+
+
 def describe_engine(accelerator: Accelerator) -> str:
     """Such as "DeepSpeed ZeRO-2, 8 ranks on cuda"."""
     kind = accelerator.distributed_type

@@ -103,9 +103,12 @@ def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dic
             "go on with --resume auto until the next checkpoint"
         )
     if weights == "teacher":
-        encoder.load_state_dict(below(tensors, "teacher.features.encoder."))
+        teacher = below(tensors, "teacher.features.encoder.")
+        if not teacher:
+            raise ValueError(f"{source}: its recipe trains no teacher; publish the student")
+        encoder.load_state_dict(teacher)
         facts["weights"] = "teacher"
-    return encoder, facts, below(tensors, "student.decoder.") if is_resenc else None
+    return encoder, facts, (below(tensors, "student.decoder.") or None) if is_resenc else None
 
 
 def bundled_decoder(folder: Path, encoder: PreTrainedModel) -> dict[str, torch.Tensor]:

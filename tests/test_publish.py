@@ -353,3 +353,17 @@ def test_training_starts_from_the_hub(bundles, hub, volumes, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "model.safetensors: " in done.stdout
     assert "no decoder" in done.stdout
+
+
+def test_a_run_without_teacher_or_decoder_is_published_for_what_it_is(volumes, tmp_path):
+    recipe = ["--recipe", ROOT / "recipes" / "resenc_l_simclr.yaml", *TINY_RESENC]
+    launch("--config", config("ddp"), "--data", volumes, *recipe, "--output", tmp_path / "run")
+    assert not (tmp_path / "run" / "report" / "reconstruction.png").exists()
+    assert not any("teacher" in name for name in load_file(tmp_path / "run" / "pretraining.safetensors"))
+    publish(tmp_path / "run", "--to", tmp_path / "bundle")
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "pretrained without labels by image-level contrast." in " ".join(card.split())
+    assert "Consistent View Alignment" not in card.split("## Citation")[0]
+    assert "freshly initialised" in card
+    with pytest.raises(ValueError, match="trains no teacher; publish the student"):
+        publish(tmp_path / "run", "--weights", "teacher", "--to", tmp_path / "other")

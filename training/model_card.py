@@ -33,9 +33,9 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name} encoder, pretrained with Consistent View Alignment",
+        f"# {name} encoder, pretrained{_method(facts)[0]}",
         f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:,.1f} M parameters) for medical volumes, pretrained "
-        "without labels by masked autoencoding, dense alignment of two overlapping views and image-level contrast.",
+        f"without labels{_method(facts)[1]}.",
         _use(encoder, where),
         nnunet,
         _preparation(config.preprocessing),
@@ -120,6 +120,27 @@ The processor does this, in this order, with the code that prepared the training
 3. Subtract the mean of that box and divide by its standard deviation.
 4. Resample to {_times(steps["spacing"])} mm; {steps["interpolation"]}.
 5. Crop to {_times(steps["crop_size"])} voxels; pad with 0."""
+
+
+def _method(facts: dict) -> tuple[str, str]:
+    """Name of the method and what it consists of, as far as the recipe tells."""
+    recipe = facts.get("recipe")
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("loss"), dict):
+        return "", ""
+    loss, hides = recipe["loss"], (recipe.get("mask") or {}).get("ratio")
+    aligns = {
+        "cosine": "dense alignment of two overlapping views",
+        "c_cva": "dense contrast of two overlapping views",
+        "gram": "agreement of channel statistics between two overlapping views",
+    }.get(loss.get("consistency"))
+    parts = [
+        loss.get("reconstruction_weight") and ("masked autoencoding" if hides else "autoencoding"),
+        loss.get("consistency_weight") and aligns,
+        loss.get("contrastive_weight") and "image-level contrast",
+    ]
+    *first, last = [part for part in parts if part] or ["an unknown objective"]
+    named = " with Consistent View Alignment" if loss.get("consistency") in ("cosine", "c_cva") else ""
+    return named, f" by {', '.join(first)}{' and ' if first else ''}{last}"
 
 
 def _training(facts: dict) -> str:

@@ -32,7 +32,7 @@ def draw_report(
     if reconstruction is not None:
         hidden = nn.functional.interpolate(pair["mask"][:1, None].float(), size=views.shape[1:])[0, 0].bool()
         draw_reconstruction(views[0], hidden, reconstruction, report / "reconstruction.png")
-    with torch.random.fork_rng(), torch.no_grad():  # a network is made here; training must not notice
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a network is made: training must not notice
         encoder = load_encoder(output / "encoder").to(device).eval()
         dense = dense_features(encoder, pair["views"].to(device)).float().cpu()
     centres = pair["points"][:, pair["inside"][0]].mean(dim=2) if pair["inside"].any() else pair["points"].mean(dim=2)

@@ -1,14 +1,10 @@
 """Changes of intensity, against slow and obvious code."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import GPUS, ROOT
 from scipy import ndimage, stats
 
 from data.intensity import NAMES, change_intensity, draw_around_one, draw_intensity
@@ -383,25 +379,3 @@ def test_gamma(gamma):
         assert changed.mean() == pytest.approx(crop.mean(), abs=1e-5)
         assert changed.std() == pytest.approx(crop.std(), abs=1e-5)
         assert (np.diff(changed.ravel()[np.argsort(crop, axis=None)]) >= -1e-6).all()
-
-
-ON_A_GPU = """
-import sys, torch
-from data.intensity import NAMES, change_intensity
-views, draws = torch.load(sys.argv[1])
-on_gpu = views.cuda()
-torch.cuda.set_sync_debug_mode("error")
-out = change_intensity(on_gpu, draws)
-torch.cuda.set_sync_debug_mode("default")
-torch.testing.assert_close(out.cpu(), change_intensity(views, draws), rtol=0, atol=1e-3)
-noise = draws.clone()
-noise[:, [i for i, name in enumerate(NAMES) if "noise" not in name]] = float("nan")
-torch.testing.assert_close(change_intensity(on_gpu, noise).cpu(), change_intensity(views, noise), rtol=0, atol=1e-5)
-"""
-
-
-@pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
-def test_a_gpu_gives_the_voxels_of_the_cpu_without_waiting(tmp_path):
-    torch.save(mix_batch(), tmp_path / "batch.pt")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
-    subprocess.run([sys.executable, "-c", ON_A_GPU, tmp_path / "batch.pt"], env=environment, cwd=ROOT, check=True)

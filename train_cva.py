@@ -224,9 +224,9 @@ def publish(
         facts = {**meta, "step": step, "volumes": len(stream.files)}
         write_run(cva.student.features.encoder, weights, facts, records, output)
         two = [0, share]  # the views of the first sample
-        pair = {key: value[two].cpu() for key, value in batch.items()} | {"affines": samples["crop_to_volume"][two]}
+        pair = {key: value[two].cpu() for key, value in batch.items()}
         rebuilt = outputs["reconstructed"][0, 0].cpu() if "reconstructed" in outputs else None
-        draw_report(output, pair, rebuilt, accelerator.device, step)
+        draw_report(output, pair, rebuilt, recipe.data.orientation, accelerator.device, step)
     accelerator.wait_for_everyone()
 
 

@@ -52,7 +52,7 @@ def turn(degrees: tuple[float, float, float], zoom: tuple[float, float] = (0.7, 
 def two_views(seed: int, volume_size: tuple, crop_size: tuple, shared: dict, independent: dict) -> torch.Tensor:
     rng = np.random.default_rng(seed)
     turns = [draw_turn(rng, chances) for chances in (shared, independent, independent)]
-    return torch.from_numpy(sample_views(rng, volume_size, crop_size, (0.4, 0.8), turns[0], turns[1:]))
+    return torch.from_numpy(sample_views(rng, volume_size, crop_size, (0.4, 0.8), 0.0, turns[0], turns[1:]))
 
 
 def coordinate_field(affine: torch.Tensor, crop_size: tuple[int, ...]) -> torch.Tensor:

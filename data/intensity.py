@@ -115,7 +115,7 @@ def _lower_resolution(crop: torch.Tensor, zoom: float) -> None:
     """Keep the voxel nearest to the centre of each larger voxel, and interpolate between those. In place."""
     few = crop
     for axis in SPACE:
-        few = few.index_select(axis, _nearest(crop.shape[axis], round(crop.shape[axis] * zoom), crop.device))
+        few = few.index_select(axis, _nearest(crop.shape[axis], max(1, round(crop.shape[axis] * zoom)), crop.device))
     crop.copy_(F.interpolate(few[None], size=crop.shape[1:], mode="trilinear", align_corners=False)[0])
 
 

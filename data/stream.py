@@ -26,6 +26,7 @@ class SampleStream(Dataset):
         spacing: mm of their voxels.
         crop_size: voxels, (X, Y, Z).
         overlap: range of the fraction of its volume that a crop shares with the other view.
+        overhang: see `sample_views`.
         interpolation: "linear" or "cubic", of views that are turned.
         shared, independent: chances of mirror, rotation and zoom, for both views together and then for each on its own
             (`draw_turn`).
@@ -42,6 +43,7 @@ class SampleStream(Dataset):
         spacing: tuple[float, ...],
         crop_size: tuple[int, ...],
         overlap: tuple[float, float],
+        overhang: float,
         interpolation: str,
         shared: Mapping,
         independent: Mapping,
@@ -56,7 +58,7 @@ class SampleStream(Dataset):
         self.seed = seed
         self.spacing = spacing
         self.crop_size = tuple(crop_size)
-        self.overlap = overlap
+        self.overlap, self.overhang = overlap, overhang
         self.interpolation = interpolation
         self.shared, self.independent = shared, independent
         self.intensity = intensity
@@ -78,7 +80,7 @@ class SampleStream(Dataset):
         volume = np.load(self.files[geometry.integers(len(self.files))], mmap_mode="r")
         shared = draw_turn(turns, self.shared, self.spacing)
         own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
-        affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, shared, own)
+        affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
         blocks, crop_to_block = zip(*(read_block(volume, a, self.crop_size, self.interpolation) for a in affines))
         affines = torch.from_numpy(affines)
         points, inside = alignment_points(affines, self.crop_size, **self.points)

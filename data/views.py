@@ -58,6 +58,7 @@ def sample_views(
     volume_size: tuple[int, ...],
     crop_size: tuple[int, ...],
     overlap: tuple[float, float],
+    overhang: float,
     shared: np.ndarray,
     own: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
@@ -65,18 +66,20 @@ def sample_views(
 
     Both lie on the voxel grid of one frame, the volume turned by `shared`. The shared fraction of the crop's volume is
     `t ~ U(overlap)`, split over the axes as `t ** w` with `w ~ Dirichlet(1, 1, 1)`, rounded to an even number of
-    voxels, at least 0.4 of each axis and as much as the volume forces; on each axis either view may be the lower one.
-    The pair lies inside the volume where it fits, and is centred (to a voxel) along axes on which it does not: crops
-    larger than the volume are equal there. Then each view is turned about its own centre by its `own` matrix.
+    voxels, at least 0.4 of each axis and as much as volume and `overhang` force; on each axis either view may be the
+    lower one. The pair lies inside the volume where it fits, and is centred (to a voxel) along axes on which it does
+    not: there, crops larger than the volume are equal but for the overhang. Then each view is turned about its own
+    centre by its `own` matrix.
 
     Args:
+        overhang: how far a pair may reach beyond the volume on each side, as a share of the crop, to overlap as asked.
         shared, own: `[3, 3]`, see `draw_turn`.
     """
     volume, crop = np.asarray(volume_size), np.asarray(crop_size)
     with np.errstate(divide="ignore"):
         room = (volume[:, None] / np.abs(shared)).min(0)  # the longest line along each axis of the frame that fits
     fraction = rng.uniform(*overlap) ** rng.dirichlet((1.0, 1.0, 1.0))
-    forced = 2 * crop - np.maximum(room, crop)
+    forced = 2 * crop - np.maximum(room + 2 * overhang * crop, crop)
     least = np.maximum([least_shared(size) for size in crop_size], 2 * np.ceil(forced / 2))
     overlapping = np.minimum(np.maximum(2 * np.round(crop * fraction / 2), least), crop)
     shift = crop - overlapping

@@ -54,7 +54,8 @@ def gram_consistency(
     """
     student, teacher = (F.normalize(rows, dim=-1) * inside[..., None] for rows in (student, teacher))
     difference = torch.baddbmm(teacher.mT @ teacher, student.mT, student, beta=-1)
-    return difference.square().mean()
+    reached = inside.sum(1).clamp(min=1) / inside.shape[1]  # so that a crop counts the same however many cells it has
+    return (difference.square().mean((1, 2)) / reached.square()).mean()
 
 
 def mean_inside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

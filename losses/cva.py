@@ -71,7 +71,9 @@ def compute_terms(
 def watch_cells(student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
     """`feature_std`, `feature_variance` and `retrieval` of aligned cells `[N, P, D]`."""
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    variance = student.flatten(0, 1).var(dim=0, correction=0)
+    share = (inside / inside.sum().clamp(min=1))[..., None]
+    mean = (student * share).sum((0, 1))
+    variance = ((student - mean).square() * share).sum((0, 1))
     return {
         "feature_std": variance.sqrt().mean() * len(variance) ** 0.5,
         "feature_variance": variance.sum(),

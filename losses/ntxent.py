@@ -39,7 +39,9 @@ def nt_xent(
     else:
         teacher = F.normalize(teacher, dim=1)
         anchors, positives, groups = torch.cat((student, teacher)), torch.cat((teacher, student)), group.repeat(2)
-    candidates, candidate_groups = gather(anchors).flatten(0, 1), gather(groups).flatten()
+    kinds = (student,) if teacher is None else (student, teacher)  # one by one: a teacher needs no gradient back
+    candidates = torch.cat([gather(rows).flatten(0, 1) for rows in kinds])
+    candidate_groups = gather(group).flatten().repeat(len(kinds))
     block = max(1, SIMILARITIES // len(candidates))
     parts = []
     for rows in zip(anchors.split(block), positives.split(block), groups.split(block)):

@@ -29,4 +29,11 @@ def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, ...]) -> torch.Ten
 def join_stages(stages: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Feature maps of all stages of a ResEnc, the first of the crop's size -> one map `[B, D, x, y, z]`."""
     grid_size = [size // DENSE_STRIDE for size in stages[0].shape[2:]]
-    return torch.cat([F.adaptive_avg_pool3d(stage, grid_size) for stage in stages], dim=1)  # coarse ones are repeated
+    return torch.cat([_resize(stage, grid_size) for stage in stages], dim=1)
+
+
+def _resize(stage: torch.Tensor, grid_size: list[int]) -> torch.Tensor:
+    """Fine stages are averaged, coarse ones interpolated: repeated, their features would lie up to half a cell off."""
+    if stage.shape[2] >= grid_size[0]:
+        return F.adaptive_avg_pool3d(stage, grid_size)
+    return F.interpolate(stage, size=grid_size, mode="trilinear", align_corners=False)

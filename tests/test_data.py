@@ -156,6 +156,7 @@ def make_stream(files, seed, **changes):
         "spacing": (1.0, 1.0, 1.0),
         "crop_size": (32, 16, 24),
         "overlap": (0.4, 0.8),
+        "overhang": 0.0,
         "interpolation": "linear",
         "shared": TURN,
         "independent": TURN,
@@ -207,10 +208,23 @@ def test_a_chance_changes_nothing_but_its_own_change(stream):
     )
     for index in range(5):
         assert torch.equal(stream[index]["mask"], upright[index]["mask"])
-        assert (
-            torch.equal(stream[index]["intensity"], upright[index]["intensity"])
-            or stream[index]["intensity"].isnan().any()
+        torch.testing.assert_close(
+            stream[index]["intensity"], upright[index]["intensity"], rtol=0, atol=0, equal_nan=True
         )
+
+
+def test_views_differ_in_mask_and_turn_and_turns_are_rigid_in_mm(stream):
+    always = {name: c | {"probability": 1.0} if isinstance(c, dict) else c for name, c in TURN.items()}
+    spacing = np.array((0.5, 1.0, 3.0))
+    turned = make_stream(stream.files, 7, spacing=tuple(spacing), shared=always, independent=always)
+    for index in range(5):
+        sample = turned[index]
+        assert not torch.equal(*sample["mask"])
+        matrices = [np.diag(spacing) @ m.numpy() @ np.diag(1 / spacing) for m in sample["crop_to_volume"][:, :, :3]]
+        for matrix in matrices:
+            gram = matrix.T @ matrix
+            np.testing.assert_allclose(gram, gram[0, 0] * np.eye(3), atol=1e-9)
+        assert np.abs(matrices[0] - matrices[1]).max() > 0.01
 
 
 def test_the_target_is_the_view_with_or_without_its_changes_of_intensity(stream):

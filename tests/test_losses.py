@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 import losses.ntxent
 from losses.cells import sample_cells
 from losses.consistency import cell_contrast, cosine_consistency, gram_consistency
-from losses.cva import cell_retrieval, cva_objective
+from losses.cva import cell_retrieval, cva_objective, watch_cells
 from losses.ntxent import nt_xent
 from losses.reconstruction import masked_huber
 
@@ -65,6 +65,15 @@ def test_nt_xent_gradient(block, monkeypatch):
     rows = student.requires_grad_(), teacher.requires_grad_()
     assert gradcheck(lambda s, t: nt_xent(s, t, torch.arange(3).repeat(2), 0.5, alone)[0], rows)
     assert gradcheck(lambda s: nt_xent(s, None, torch.arange(3).repeat(2), 0.5, alone)[0], rows[0])
+
+
+def test_nt_xent_uses_its_temperature():
+    rows, objective = torch.randn(2, 6, 4), cva_objective("none", 0.1)
+    pair = torch.arange(3).repeat(2)
+    outputs = {"student_embedding": rows[0], "teacher_embedding": rows[1].roll(3, 0), "pair": pair}
+    expected = nt_xent(rows[0], rows[1], pair, 0.1, alone)[0].mean()
+    torch.testing.assert_close(objective(outputs, alone)["contrastive"], expected)
+    assert (nt_xent(rows[0], rows[1], pair, 0.5, alone)[0].mean() - expected).abs() > 0.1
 
 
 def test_without_a_teacher_it_is_simclr():
@@ -143,7 +152,7 @@ def test_gram_equals_loops():
         for a, b, r in zip(s, t, reached):
             if r:
                 gram += torch.outer(a, a) / (a @ a) - torch.outer(b, b) / (b @ b)
-        crops.append(gram.square().mean())
+        crops.append((gram * len(reached) / reached.sum()).square().mean())
     torch.testing.assert_close(gram_consistency(student, teacher, inside, pair, alone), torch.stack(crops).mean())
 
 
@@ -198,6 +207,21 @@ def test_retrieval_counts_cells_whose_nearest_is_the_same_place():
     mixed = torch.where(some[..., None], rows, rows.roll(1, dims=1))
     assert cell_retrieval(rows, mixed, some) == 1
     assert cell_retrieval(rows, torch.randn(2, 50, 16), everywhere) < 0.2
+    decoy = rows.clone()
+    decoy[:, :20] = F.normalize(rows[:, :20] + 0.3 * rows[:, 30:], dim=-1)  # nearest to itself, but for one outside
+    decoy[:, 30:] = rows[:, :20]
+    assert cell_retrieval(rows, decoy, some) == 1
+    assert cell_retrieval(rows, decoy, everywhere) < 1
+
+
+def test_monitors_are_of_cells_inside():
+    torch.manual_seed(0)
+    rows, inside = torch.randn(2, 50, 16), torch.rand(2, 50) < 0.5
+    changed = torch.where(inside[..., None], rows, torch.ones(16))
+    for name, value in watch_cells(rows, rows, inside).items():
+        torch.testing.assert_close(watch_cells(changed, changed, inside)[name], value)
+    variance = F.normalize(rows, dim=-1)[inside].var(dim=0, correction=0)
+    torch.testing.assert_close(watch_cells(rows, rows, inside)["feature_variance"], variance.sum())
 
 
 # --------------------------------------------------------------------------- reconstruction, and all together

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from losses.cva import cva_objective
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, build_cva, build_encoder
-from models.features import dense_features, tokens_to_map
+from models.features import dense_features, join_stages, tokens_to_map
 from models.masked_primus import patch_decoder
 
 PUBLISHED = {"reconstruction": 5.0, "consistency": 1.0, "contrastive": 0.1}
@@ -173,6 +173,64 @@ def test_only_what_the_terms_need_is_built(architecture, weights, teacher, mask_
     assert {"reconstruction", "consistency", "contrastive"} & losses.keys() == weights.keys()
     assert_all_but_the_teacher_is_trained(model, losses, weights)
     model.update_teacher(0.9)
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+def test_the_student_sees_what_is_visible_and_the_teacher_everything(architecture):
+    model, data = tiny_cva(architecture), batch()
+    hidden = data["mask"][:, None]
+    for axis in (2, 3, 4):
+        hidden = hidden.repeat_interleave(8, axis)
+    plain = model.forward_views(**data)
+    assert torch.equal(plain["voxel_mask"], hidden)
+    changed = model.forward_views(**data | {"views": torch.where(hidden, data["views"] + 3, data["views"])})
+    for name in ("student_dense", "student_embedding"):
+        assert torch.equal(changed[name], plain[name])
+    for name in ("teacher_dense", "teacher_embedding"):
+        assert not torch.allclose(changed[name], plain[name])
+    other = model.forward_views(**data | {"target": data["target"] + 3})
+    for name in ("student_dense", "student_embedding", "teacher_dense", "teacher_embedding", "reconstructed"):
+        assert torch.equal(other[name], plain[name])
+    dense, pooled = model.teacher["features"](data["views"])
+    assert torch.equal(plain["teacher_embedding"], model.teacher["projector"](pooled))
+    rows = model.teacher["projector"](dense.movedim(1, -1).flatten(0, -2))
+    torch.testing.assert_close(plain["teacher_dense"].movedim(1, -1).flatten(0, -2), rows)
+    assert tiny_cva(architecture, precision="bf16").forward_views(**data)["student_dense"].dtype == torch.bfloat16
+
+
+def test_visible_tokens_go_back_to_their_places():
+    model, data, seen = tiny_cva(), batch(), []
+    model.student.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    encoded = model.student(data["views"], data["mask"], data["mask"]).encoded[0]
+    visible = ~data["mask"].flatten(1)
+    for tokens, crop, shown in zip(seen[0], encoded, visible):
+        assert torch.equal(tokens[shown], crop)
+        assert torch.equal(tokens[~shown], model.student.mask_token[0].expand(int((~shown).sum()), -1))
+
+
+def test_pooled_features():
+    views = batch()["views"]
+    features = tiny_cva().student.features.eval()
+    features.feature_decoder = None
+    tokens = features.encoder(views).last_hidden_state
+    scores = features.attention_pool(tokens).squeeze(-1).exp()
+    expected = torch.stack([(s[:, None] * t).sum(0) / s.sum() for s, t in zip(scores, tokens)])
+    torch.testing.assert_close(features(views)[1], expected)
+    features = tiny_cva("resenc").student.features.eval()
+    stages = features.encoder(views, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(features(views)[1], torch.cat([stage.flatten(2).mean(2) for stage in stages], dim=1))
+
+
+def test_coarse_stages_are_interpolated_to_where_they_are():
+    """Coordinate fields as features: away from the border each stage says where its voxels are."""
+    size, strides = (128, 64, 96), (1, 2, 4, 8, 16, 32)
+    field = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in size], indexing="ij"))[None]
+    joined = join_stages(tuple(F.avg_pool3d(field, stride) for stride in strides))
+    expected = F.avg_pool3d(field, 8)
+    for stage, stride in zip(joined.split(3, dim=1), strides):
+        border = stride // 16
+        inner = (..., *[slice(border, n // 8 - border) for n in size])
+        torch.testing.assert_close(stage[inner], expected[inner], atol=1e-3, rtol=0)
 
 
 def test_reconstruction_is_of_the_target():

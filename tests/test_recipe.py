@@ -100,6 +100,11 @@ def test_overrides():
         (["views.shared.zoom.range=[1.4,0.7]"], r"views\.shared\.zoom: range=\[1\.4, 0\.7\] must be \[low, high\]"),
         (["views.independent.rotation.degrees=[0,0,200]"], r"views\.independent\.rotation\.degrees.*180"),
         (["intensity.low_resolution.range=[0.5,2]"], r"intensity: low_resolution\.range must be within"),
+        (["intensity.blur.range=[0,0]"], r"intensity: blur\.range must be above 0"),
+        (["views.overlap=[0.1,0.3]"], r"views\.overlap=\[0\.1, 0\.3\] must be .* 0\.4 <= low"),
+        (["views.overhang=0.7"], r"views\.overhang"),
+        (["seed=99999999999999999999"], r"seed"),
+        (["name=../x"], r"name: .*pattern"),
         (["intensity.noise.probability=2"], r"intensity\.noise\.probability"),
         (["data.orientation=XYZ"], r"data\.orientation"),
         (["views.crop_size=[16,16,16]"], r"views\.crop_size=\[16, 16, 16\] is too small .*use 24 or more"),
@@ -121,6 +126,8 @@ def test_resenc_crop_must_fit_its_stride():
 
 
 def test_resenc_stages():
+    with pytest.raises(ValueError, match="must divide 8"):
+        load_recipe(RESENC, ["model.strides=[1,3,3,2,2,2]", "views.crop_size=[144,144,144]"])
     with pytest.raises(ValueError, match="must begin with 1"):
         load_recipe(RESENC, ["model.strides=[2,2,2,2,2,2]"])
     with pytest.raises(ValueError, match="must exceed the encoder's total stride 32"):
@@ -192,6 +199,12 @@ def test_bases_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="without a circle"):
         load_recipe(tmp_path / "a.yaml")
     (tmp_path / "c.yaml").write_text("base: none.yaml")
+    (tmp_path / "d.yaml").write_text(f"base: ../{tmp_path.name}/d.yaml")
+    with pytest.raises(ValueError, match="without a circle"):
+        load_recipe(tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_recipe(tmp_path / "e.yaml")
     with pytest.raises(ValueError, match=r"none\.yaml: No such file"):
         load_recipe(tmp_path / "c.yaml")
 
@@ -237,4 +250,6 @@ def test_rows_of_the_paper(net, row):
     assert recipe.mask.ratio == (0 if row in ("ae", "simclr") else 0.75)
     assert (recipe.teacher is None) == (row == "simclr")
     assert recipe.views.cells == ((5, 5, 5) if "c_cva" in row and net == "primus_m" else (7, 7, 7))
+    few = row in ("cva", "gram", "gram_contrastive")
+    assert recipe.train.steps == ((12500 if few else 37500) if net == "primus_m" else 62500)
     assert recipe.views.crop_size == ((160,) * 3 if net == "primus_m" else (128,) * 3)

@@ -27,11 +27,11 @@ ALWAYS = {
 }
 
 
-def draw(seed, volume_size, crop_size, shared=MIRROR, independent=NEVER, overlap=(0.4, 0.8)):
+def draw(seed, volume_size, crop_size, shared=MIRROR, independent=NEVER, overlap=(0.4, 0.8), overhang=0.0):
     """`crop_to_volume` of two views."""
     rng = np.random.default_rng(seed)
     turns = [draw_turn(rng, chances) for chances in (shared, independent, independent)]
-    return torch.from_numpy(sample_views(rng, volume_size, crop_size, overlap, turns[0], turns[1:]))
+    return torch.from_numpy(sample_views(rng, volume_size, crop_size, overlap, overhang, turns[0], turns[1:]))
 
 
 def lower_corners(affines, crop_size):
@@ -111,6 +111,23 @@ def test_a_turned_pair_stays_inside_where_it_fits_and_else_in_the_middle(seed, v
             assert last <= size - 0.5 + 1e-3
         else:
             assert (first + last) / 2 == pytest.approx((size - 1) / 2, abs=1)
+
+
+def test_overhang_lets_small_volumes_overlap_as_asked():
+    """As the published loader pads: crops of 160^3 of a brain of 145 x 181 x 155."""
+    volume_size, crop_size = (145, 181, 155), (160, 160, 160)
+    shared = {overhang: [] for overhang in (0.0, 0.3)}
+    for overhang, fractions in shared.items():
+        for seed in range(200):
+            corners = lower_corners(draw(seed, volume_size, crop_size, overhang=overhang), crop_size)
+            fractions.append(np.prod(1 - np.abs(corners[0] - corners[1]) / 160))
+            ends = corners.max(0) + 160
+            reach = overhang * 160 + 1
+            assert (corners >= np.minimum(-reach, (np.array(volume_size) - 160) // 2 - 1)).all()
+            assert (ends <= np.maximum(volume_size + np.array(reach), 161)).all()
+    assert np.mean(shared[0.0]) > 0.85
+    assert np.mean(shared[0.3]) == pytest.approx(0.6, abs=0.03)
+    assert max(shared[0.3]) < 0.85
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 1.0, 3.0)])

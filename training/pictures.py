@@ -11,7 +11,13 @@ import torch
 
 GREY = plt.get_cmap("gray").with_extremes(bad="#31506e")  # hidden voxels are blue
 CELL_DEPTH = 4.0  # voxels: how far a centre may lie from the plane in which it is drawn
-PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))  # name and the axis it cuts, for RAS volumes
+PLANE_NAMES = {"RL": "sagittal", "AP": "coronal", "SI": "axial"}
+
+
+def planes_of(orientation: str) -> tuple[tuple[str, int], ...]:
+    """Name of each plane and the axis that it cuts, for volumes of an orientation such as RAS."""
+    names = [next(name for ends, name in PLANE_NAMES.items() if letter in ends) for letter in orientation]
+    return tuple(zip(names, range(3)))
 
 
 def draw_losses(records: list[dict[str, float]], path: Path) -> None:
@@ -34,7 +40,9 @@ def draw_losses(records: list[dict[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_reconstruction(crop: torch.Tensor, mask: torch.Tensor, reconstruction: torch.Tensor, path: Path) -> None:
+def draw_reconstruction(
+    crop: torch.Tensor, mask: torch.Tensor, reconstruction: torch.Tensor, path: Path, planes: tuple
+) -> None:
     """Input, what the student saw, and its reconstruction, in three planes through the middle.
 
     Args:
@@ -46,7 +54,7 @@ def draw_reconstruction(crop: torch.Tensor, mask: torch.Tensor, reconstruction: 
     filled = torch.where(mask, reconstruction, crop)
     columns = (("input", crop), ("masked input", hidden), ("reconstruction of the masked part", filled))
     figure, axes = plt.subplots(3, 3, figsize=(9, 9), constrained_layout=True)
-    for row, (plane, axis) in zip(axes, PLANES):
+    for row, (plane, axis) in zip(axes, planes):
         for cell, (title, volume) in zip(row, columns):
             _show(cell, volume.numpy(), axis, volume.shape[axis] // 2, low, high)
             cell.set_title(f"{title}, {plane}", fontsize=9)
@@ -58,7 +66,7 @@ def draw_alignment(
     points: list[torch.Tensor],
     inside: list[torch.Tensor],
     path: Path,
-    planes: tuple[tuple[str, int], ...] = PLANES,
+    planes: tuple[tuple[str, int], ...],
     titles: tuple[str, ...] = ("",),
 ) -> None:
     """Pairs of views, a row each, with the centres of the cells that are compared: the same colour is the same place.
@@ -67,6 +75,7 @@ def draw_alignment(
 
     Args:
         views: of each pair `[2, X, Y, Z]`.
+        planes: those to draw, see `planes_of`.
         points, inside: of each pair `[2, P, S, 3]` and `[P]`, see `alignment_points`.
     """
     columns = 2 * len(planes)
@@ -93,7 +102,7 @@ def draw_alignment(
     _save(figure, path)
 
 
-def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor, path: Path) -> None:
+def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor, path: Path, planes: tuple) -> None:
     """Two views and their dense features, the three main components of both together as red, green and blue.
 
     Where the features agree on what a place is, it has the same colour in both views.
@@ -111,7 +120,7 @@ def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor,
     colours = ((main - low) / (high - low)).clamp(0, 1).view(2, *dense.shape[2:], 3).numpy()
     figure, axes = plt.subplots(2, 6, figsize=(15, 5.4), constrained_layout=True)
     for number, (row, view, colour) in enumerate(zip(axes, views, colours), start=1):
-        for (plane, axis), left, right in zip(PLANES, row[::2], row[1::2]):
+        for (plane, axis), left, right in zip(planes, row[::2], row[1::2]):
             index = min(max(round(float(place[number - 1, axis])), 0), view.shape[axis] - 1)
             _show(left, view.numpy(), axis, index, float(views.min()), float(views.max()))
             left.set_title(f"view {number}, {plane}", fontsize=9)

@@ -1,7 +1,9 @@
 """The recipe: every number that defines an experiment, read from YAML, typed and checked before anything starts."""
 
 import difflib
+import itertools
 import math
+import operator
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,8 +34,8 @@ from .recipe_sections import (
 class Recipe(Section):
     """The whole recipe; a field a section of the YAML."""
 
-    name: str
-    seed: Annotated[int, Field(ge=0)]
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # of folders too
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: Data
     views: Views
     intensity: Intensity
@@ -56,6 +58,13 @@ class Recipe(Section):
         else:
             total = math.prod(self.model.strides)
             _divides("views.crop_size", crop, total, "the encoder's total stride")
+            if any(
+                DENSE_STRIDE % n and n % DENSE_STRIDE for n in itertools.accumulate(self.model.strides, operator.mul)
+            ):
+                raise ValueError(
+                    f"model.strides={self.model.strides}: the stride of each stage must divide {DENSE_STRIDE}, that of "
+                    "the dense features, or be a multiple of it"
+                )
             _divides("views.crop_size", crop, DENSE_STRIDE, "the stride of the dense features")
             _divides("views.crop_size", crop, block, "mask.block")
             if math.prod(crop) <= total**3:
@@ -74,8 +83,8 @@ class Recipe(Section):
             raise ValueError(
                 f"mask.ratio={self.mask.ratio} of {blocks} blocks hides none: raise it, lower mask.block, or set 0"
             )
-        if self.views.overlap[0] > self.views.overlap[1] or self.views.overlap[0] == 0:
-            raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0 < low <= high")
+        if not 0.4 <= self.views.overlap[0] <= self.views.overlap[1]:
+            raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0.4 <= low <= high")
         if self.loss.consistency != "none" and self.teacher is None:
             raise ValueError(f"loss.consistency={self.loss.consistency} needs a teacher: set teacher.momentum")
         self._check_batch()
@@ -170,18 +179,18 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         numbers = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"--recipe {path}: {error.strerror}; the recipes are in recipes/") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(numbers, dict):
         raise ValueError(f"--recipe {path} must hold keys and values")
     base = numbers.pop("base", None)
     if base is None:
         return numbers
-    if not isinstance(base, str) or path in seen:
+    if not isinstance(base, str) or path.resolve() in seen:
         raise ValueError(
             f"--recipe {path}: base={base} must be another recipe's file beside this one, without a circle"
         )
-    return _merge(_read(path.parent / base, (*seen, path)), numbers)
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), numbers)
 
 
 def _merge(base: dict, changes: dict) -> dict:

@@ -65,6 +65,9 @@ class Turn(Section):
 class Views(Section):
     crop_size: Size3  # voxels
     overlap: tuple[Share, Share]  # range of the shared fraction of a crop's volume
+    overhang: Annotated[
+        float, Field(ge=0, le=0.5)
+    ]  # how far views may reach beyond a small volume on each side to overlap so little, in crops
     interpolation: Literal["linear", "cubic"]  # of views that are rotated or zoomed
     shared: Turn  # both views together
     independent: Turn  # each view on its own, on top
@@ -85,6 +88,8 @@ class Intensity(Section):
 
     @model_validator(mode="after")
     def _possible(self):
+        if self.blur.range[0] == 0:
+            raise ValueError("blur.range must be above 0")
         if not 0 < self.low_resolution.range[0] <= self.low_resolution.range[1] <= 1:
             raise ValueError("low_resolution.range must be within (0, 1]")
         return self

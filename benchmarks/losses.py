@@ -69,7 +69,9 @@ def places_of(views: int, grid: int, cells: int) -> torch.Tensor:
     """Points `[views, P, S, 3]` of random pairs of views, not turned, in volumes a quarter larger than a crop."""
     crop, rng, points = (STRIDE * grid,) * 3, np.random.default_rng(0), []
     for _ in range(views // 2):
-        affines = sample_views(rng, [size * 5 // 4 for size in crop], crop, (0.4, 0.8), np.eye(3), (np.eye(3),) * 2)
+        affines = sample_views(
+            rng, [size * 5 // 4 for size in crop], crop, (0.4, 0.8), 0.0, np.eye(3), (np.eye(3),) * 2
+        )
         grids = (cells,) * 3, (SAMPLES,) * 3, (STRIDE,) * 3
         points.append(alignment_points(torch.from_numpy(affines), crop, *grids)[0])
     return torch.stack(points, dim=1).flatten(0, 1).float().to(DEVICE)

@@ -34,30 +34,28 @@ def nt_xent(
         every negative (a share, over the same anchors): `[N]` each.
     """
     student = F.normalize(student, dim=1)
-    if teacher is None:
-        anchors, positives, groups = student, student.roll(len(student) // 2, dims=0), group
-    else:
-        teacher = F.normalize(teacher, dim=1)
-        anchors, positives, groups = torch.cat((student, teacher)), torch.cat((teacher, student)), group.repeat(2)
-    kinds = (student,) if teacher is None else (student, teacher)  # one by one: a teacher needs no gradient back
-    candidates = torch.cat([gather(rows).flatten(0, 1) for rows in kinds])
+    teacher = F.normalize(teacher, dim=1) if teacher is not None else None
+    partner = teacher if teacher is not None else student.roll(len(student) // 2, dims=0)
+    positive = (student * partner).sum(1) / temperature
+    kinds = (student,) if teacher is None else (student, teacher)
+    candidates = torch.cat([gather(rows).flatten(0, 1) for rows in kinds])  # one by one: a teacher needs no gradient
     candidate_groups = gather(group).flatten().repeat(len(kinds))
     block = max(1, SIMILARITIES // len(candidates))
     parts = []
-    for rows in zip(anchors.split(block), positives.split(block), groups.split(block)):
-        arguments = (*rows, candidates, candidate_groups, temperature)
-        if block >= len(anchors):
-            parts.append(_contrast(*arguments))
-        else:
-            parts.append(checkpoint(_contrast, *arguments, use_reentrant=False, preserve_rng_state=False))
+    for rows in kinds:
+        for part in zip(rows.split(block), positive.split(block), group.split(block)):
+            arguments = (*part, candidates, candidate_groups, temperature)
+            if block >= len(kinds) * len(student):
+                parts.append(_contrast(*arguments))
+            else:
+                parts.append(checkpoint(_contrast, *arguments, use_reentrant=False, preserve_rng_state=False))
     loss, nearest = (torch.cat(part).view(-1, len(student)).mean(0) for part in zip(*parts))
     return loss, nearest
 
 
-def _contrast(anchors, positives, groups, candidates, candidate_groups, temperature):
-    similarity = anchors @ candidates.T / temperature
+def _contrast(anchors, positive, groups, candidates, candidate_groups, temperature):
+    similarity = (anchors @ candidates.T).div_(temperature)
     left_out = (groups[:, None] == candidate_groups) | (candidate_groups < 0)
-    similarity = similarity.masked_fill(left_out, float("-inf"))
-    positive = (anchors * positives).sum(1, keepdim=True) / temperature
-    loss = torch.cat((positive, similarity), dim=1).logsumexp(dim=1) - positive[:, 0]
-    return loss, (positive[:, 0] > similarity.amax(1)).to(loss.dtype)
+    similarity.masked_fill_(left_out, torch.finfo(similarity.dtype).min)  # finite: a row may have no negative at all
+    loss = torch.logaddexp(positive, similarity.logsumexp(dim=1)) - positive
+    return loss, (positive > similarity.detach().amax(1)).to(loss.dtype)

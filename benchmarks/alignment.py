@@ -23,6 +23,7 @@ from data.nifti import read_volume
 from data.resampling import cut_views, read_block
 from data.views import alignment_points, draw_turn, sample_views, to_volume
 from losses.cells import sample_cells
+from models.features import DENSE_STRIDE, join_stages
 from training.pictures import draw_alignment
 
 CASES = [  # crop, volume
@@ -75,6 +76,19 @@ def measure(crop_size: tuple, volume_size: tuple, shared: dict, independent: dic
     return f"{mean} | {distances.max():.1e} | {100 * np.mean(reached):.0f} %"
 
 
+def measure_stages(crop_size: tuple, volume_size: tuple, trials: int) -> dict[int, float]:
+    """Mean distance in voxels, by stride, where the stages of a ResEnc are brought to one grid."""
+    strides, distances = (1, 2, 4, 8, 16, 32), []
+    for seed in range(trials):
+        affines = two_views(seed, volume_size, crop_size, MIRROR, NEVER)
+        points, _ = alignment_points(affines, crop_size, (7, 7, 7), (2, 2, 2), (DENSE_STRIDE,) * 3)
+        fields = torch.stack([coordinate_field(affine, crop_size) for affine in affines])
+        dense = join_stages(tuple(F.avg_pool3d(fields, stride) for stride in strides))
+        cells = sample_cells(dense, points, crop_size)
+        distances.append((cells[0] - cells[1]).unflatten(-1, (len(strides), 3)).norm(dim=-1).mean(0))
+    return dict(zip(strides, torch.stack(distances).mean(0).tolist()))
+
+
 def draw(path: Path) -> None:
     volume, crop_size = read_volume(demo_volume(), "RAS", (1.0, 1.0, 1.0)), (96, 96, 96)
     pairs = []
@@ -109,6 +123,9 @@ def main() -> None:
                 row = measure(crop_size, volume_size, shared, independent, stride, arguments.trials)
                 sizes = [" x ".join(map(str, size)) for size in (crop_size, volume_size)]
                 print(f"| {sizes[0]} | {sizes[1]} | {stride} | {name} | {row} |", flush=True)
+    print("\nDistance in the stages of a ResEnc, mean, by stride (crops of 128^3 from 205^3, mirrored):")
+    stages = measure_stages((128, 128, 128), (205, 205, 205), arguments.trials)
+    print(", ".join(f"{stride}: {distance:.1e}" for stride, distance in stages.items()))
 
 
 if __name__ == "__main__":

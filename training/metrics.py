@@ -1,4 +1,4 @@
-"""What a running job tells: metrics.jsonl, trackers and a progress bar; one device synchronisation a logged step."""
+"""What a running job tells: metrics.jsonl, trackers and a progress bar; devices are waited for at logged steps only."""
 
 import json
 import math

@@ -39,7 +39,8 @@ def measure(recipe: Recipe, device: torch.device, steps: int) -> dict[str, float
         torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        model.update_teacher(recipe.teacher.momentum)
+        if recipe.teacher:
+            model.update_teacher(recipe.teacher.momentum)
         _synchronise(device)
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[3:])
@@ -52,10 +53,14 @@ def random_batch(recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor
     mask = torch.rand(shapes["mask"][0]).flatten(1).argsort(dim=1).argsort(dim=1)
     mask = mask < int(recipe.mask.ratio * mask.shape[1])
     size = torch.tensor(recipe.views.crop_size)
+    views = torch.randn(shapes["views"][0])
     batch = {
-        "views": torch.randn(shapes["views"][0]),
+        "views": views,
+        "target": views,
         "mask": mask.view(shapes["mask"][0]),
         "points": torch.rand(shapes["points"][0]) * (size - 1),
+        "inside": torch.ones(shapes["inside"][0], dtype=torch.bool),
+        "pair": torch.arange(recipe.train.batch_size).repeat(2),
     }
     return {key: value.to(device) for key, value in batch.items()}
 

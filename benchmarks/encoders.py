@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -29,11 +28,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measures import DEVICE, peak_bytes, seconds
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, build_encoder
 from models.conversion import to_reference
 
 NETWORKS = {f"Primus-{size}": numbers for size, numbers in PRIMUS_SIZES.items()} | {"ResEnc-L": {}}
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def their_network(c: PrimusConfig | ResEncConfig, weights: dict[str, torch.Tensor]) -> nn.Module:
@@ -70,25 +69,6 @@ def step(function: Callable, crops: torch.Tensor, bf16: bool, backward: bool) ->
 
 def difference(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return max((a - b).abs().max().item() for a, b in pairs) / max(b.abs().max().item() for _, b in pairs)
-
-
-def seconds(call: Callable) -> float:
-    started = time.perf_counter()
-    call()
-    torch.get_device_module(DEVICE).synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(call: Callable) -> int:
-    if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max().item()
 
 
 def compare(encoder: nn.Module, network: nn.Module, calls: list[Callable], limit: float, repeats: int) -> str:

@@ -14,7 +14,6 @@ relative to the largest of the plain one; 1e-4 stops the script. Where the matri
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,11 +24,11 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measures import DEVICE, peak_bytes, seconds
 from data.views import alignment_points, sample_views
 from losses.cells import sample_cells
 from losses.consistency import cell_contrast, cosine_consistency, gram_consistency
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE, STRIDE, SAMPLES = 0.5, 8, 2  # STRIDE: voxels a cell of the feature map; SAMPLES: places a cell and axis
 
 
@@ -108,27 +107,6 @@ def cells_of(a: argparse.Namespace, cells: int) -> tuple[torch.Tensor, ...]:
 def step(function: Callable, inputs: torch.Tensor, probe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     value = function(inputs)
     return value.detach(), torch.autograd.grad(value, inputs, probe)[0]
-
-
-def seconds(call: Callable) -> float:
-    torch.get_device_module(DEVICE).synchronize()
-    started = time.perf_counter()
-    call()
-    torch.get_device_module(DEVICE).synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(call: Callable) -> int:
-    """As in encoders.py, which needs packages that this one does not."""
-    if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max().item()
 
 
 def compare(ours: Callable, plain: Callable | None, inputs: torch.Tensor, matrix: float, repeats: int) -> str:

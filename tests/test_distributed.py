@@ -87,7 +87,7 @@ def test_ranks_do_not_change_losses_or_gradients(of_ranks, case):
     expected, theirs, pulled = losses_and_gradients(*case)
     for name, value in expected.items():
         assert float((losses[name] - value).abs() / value.abs()) < 1e-5, name
-    # SimCLR's batch norms see 16 rows and nothing else: permuting the volumes on one rank moves it as much
+    # SimCLR on ResEnc: pooled features have a mean 36 times their spread, which magnifies rounding
     assert difference(gradients, theirs) < (3e-5 if case[1] == "simclr" else 1e-5)
     assert difference(pulls, pulled) < 1e-4
 

@@ -37,7 +37,8 @@ class ConsistentViewAlignment(nn.Module):
         teacher: "published" (no feature decoder), "same" (the student's path), or None: the student's own embeddings
             are contrasted with each other (SimCLR), without a predictor.
         projector_size, predictor_size: width of the heads.
-        precision: "bf16" runs both networks under autocast; parameters stay float32, so the teacher's average is exact.
+        precision: "bf16" runs both networks under autocast, but for the heads of pooled features; parameters stay
+            float32, so the teacher's average is exact.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class ConsistentViewAlignment(nn.Module):
         if "consistency" in self.weights:
             outputs[f"{who}_dense"] = _per_cell(dense, heads)
         if "contrastive" in self.weights:
-            for head in heads:
-                pooled = head(pooled)
-            outputs[f"{who}_embedding"] = pooled.float()
+            with torch.autocast(pooled.device.type, enabled=False):  # a row a crop: full precision costs nothing
+                pooled = pooled.float()
+                for head in heads:
+                    pooled = head(pooled)
+            outputs[f"{who}_embedding"] = pooled
         return outputs
 
     def forward(

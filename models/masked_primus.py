@@ -103,14 +103,12 @@ class MaskedPrimus(nn.Module):
             feature_decoder = PrimusTransformer(config, decoder_layers, feature_decoder_heads)
             feature_decoder.apply(init_primus_weights)
         self.features = PrimusFeatures(encoder, "contrastive" in terms, feature_decoder)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if mask_ratio else None
         self.decoder = self.patch_decoder = None
         if "reconstruction" in terms:
             self.decoder = PrimusTransformer(config, decoder_layers, config.num_attention_heads)
             self.decoder.apply(init_primus_weights)
             self.patch_decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_channels)
-        if mask_ratio:
-            nn.init.normal_(self.mask_token, std=1e-6)
+        self.mask_token = nn.Parameter(1e-6 * torch.randn(1, 1, config.hidden_size)) if mask_ratio else None
 
     def teacher(self, same_path: bool) -> PrimusFeatures:
         """A copy of the features; with their decoder, or (as published) without it, since no token is masked."""

@@ -35,7 +35,9 @@ class ResEncFeatures(nn.Module):
     def describe(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Feature maps of all stages -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""
         dense = join_stages(stages) if self.dense else None
-        pooled = torch.cat([stage.mean(dim=(2, 3, 4)) for stage in stages], dim=1) if self.pooled else None
+        pooled = None
+        if self.pooled:  # crops differ by a few percent of the mean, of which bfloat16 would leave a handful of levels
+            pooled = torch.cat([stage.mean(dim=(2, 3, 4), dtype=torch.float32) for stage in stages], dim=1)
         return dense, pooled
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

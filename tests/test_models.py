@@ -208,6 +208,17 @@ def test_visible_tokens_go_back_to_their_places():
         assert torch.equal(tokens[~shown], model.student.mask_token[0].expand(int((~shown).sum()), -1))
 
 
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+def test_embeddings_survive_bf16(architecture):
+    """Pooled features of crops are alike; rounded to bfloat16 on the way, they would lose what tells them apart."""
+    data = batch()
+    plain, rough = (tiny_cva(architecture, precision=p).forward_views(**data) for p in ("fp32", "bf16"))
+    for name in ("student_embedding", "teacher_embedding"):
+        assert rough[name].dtype == torch.float32
+        alike = F.cosine_similarity(plain[name], rough[name], dim=1)
+        assert alike.min() > 0.998, alike
+
+
 def test_pooled_features():
     views = batch()["views"]
     features = tiny_cva().student.features.eval()

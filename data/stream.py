@@ -15,7 +15,12 @@ from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .views import alignment_points, draw_turn, sample_views
 
-PURPOSES = ("geometry", "turns", "mask", "intensity")  # each draws from its own generator: one can change alone
+PURPOSES = (
+    "geometry",
+    "turns",
+    "mask",
+    "intensity",
+)  # each has a generator of its own: chances of one do not move the rest
 
 
 class SampleStream(Dataset):

@@ -25,7 +25,7 @@ def least_shared(crop_size: int) -> int:
 def draw_turn(rng: np.random.Generator, chances: Mapping, spacing: tuple[float, ...] = (1.0, 1.0, 1.0)) -> np.ndarray:
     """A random mirror, rotation and zoom: the matrix `[3, 3]` from steps in a crop to steps in what it is cut from.
 
-    As many random numbers are drawn whatever the chances are, so changing one leaves the rest of a sample as it was.
+    As many random numbers are drawn whatever the chances are: changing one leaves those that follow as they were.
 
     Args:
         chances: `mirror`, the probability of reversing each axis; `rotation`, `probability` and largest `degrees` about

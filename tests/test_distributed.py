@@ -21,7 +21,7 @@ OBJECTIVES = {
 }
 CASES = [(architecture, name, 1) for architecture in ("primus", "resenc") for name in OBJECTIVES]
 CASES += [(architecture, name, 2) for architecture in ("primus", "resenc") for name in ("cosine", "reconstruction")]
-CROP = (16, 16, 24)
+CROP = (8, 16, 24)  # small: pooled over many voxels, random crops become alike, and batch norm magnifies rounding
 VOLUMES, TERMS = 8, ("loss", "reconstruction", "consistency", "contrastive")
 
 
@@ -87,8 +87,7 @@ def test_ranks_do_not_change_losses_or_gradients(of_ranks, case):
     expected, theirs, pulled = losses_and_gradients(*case)
     for name, value in expected.items():
         assert float((losses[name] - value).abs() / value.abs()) < 1e-5, name
-    # SimCLR on ResEnc: pooled features have a mean 36 times their spread, which magnifies rounding
-    assert difference(gradients, theirs) < (3e-5 if case[1] == "simclr" else 1e-5)
+    assert difference(gradients, theirs) < 1e-5
     assert difference(pulls, pulled) < 1e-4
 
 

@@ -125,7 +125,7 @@ def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor,
             _show(left, view.numpy(), axis, index, float(views.min()), float(views.max()))
             left.set_title(f"view {number}, {plane}", fontsize=9)
             cells = np.take(colour, index * colour.shape[axis] // view.shape[axis], axis=axis)
-            (right_end, upper_end) = (n for a, n in enumerate(view.shape) if a != axis)
+            right_end, upper_end = (n for a, n in enumerate(view.shape) if a != axis)
             right.imshow(
                 cells.swapaxes(0, 1), origin="lower", interpolation="nearest", extent=(0, right_end, 0, upper_end)
             )

@@ -15,12 +15,7 @@ from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .views import alignment_points, draw_turn, sample_views
 
-PURPOSES = (
-    "geometry",
-    "turns",
-    "mask",
-    "intensity",
-)  # each has a generator of its own: chances of one do not move the rest
+PURPOSES = ("geometry", "turns", "mask", "intensity")  # a generator each: chances of one do not move the rest
 
 
 class SampleStream(Dataset):

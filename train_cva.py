@@ -38,14 +38,13 @@ pretraining.safetensors (student, teacher and heads); publish.py makes a bundle 
 import argparse
 import hashlib
 import os
-import platform
-import subprocess
+import sys
 import time
-from collections.abc import Collection
+import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-import accelerate
 import joblib
 import numpy as np
 import torch
@@ -58,17 +57,29 @@ from data.stream import MicroBatches, SampleStream, make_loader, render, stack_v
 from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
 from models.warm_start import load_pretrained
-from training.banner import print_banner, say_what_is_default
-from training.checkpoints import newest_checkpoint, save_checkpoint
+from training.banner import print_banner, print_ending, say_what_is_default
+from training.checkpoints import Writer, load, newest_checkpoint
 from training.command_line import run
 from training.estimate import step_cost, step_inputs
 from training.export import preprocessing, write_run
+from training.guards import STOPPED, Guard, poison, skip_if_not_finite
 from training.metrics import Metrics, read_metrics
-from training.output import choose_output
+from training.output import choose_output, lock_output
+from training.provenance import current_commit, versions
 from training.recipe import Recipe, flatten, load_recipe
 from training.report import draw_report
-from training.runtime import describe_engine, from_main_rank, make_accelerator, read_config, shards_weights
+from training.runtime import describe_engine, from_main_rank, make_accelerator, start_tracker
 from training.schedules import learning_rate, teacher_momentum
+from training.state import (
+    Piece,
+    pieces,
+    random_state,
+    set_random_state,
+    set_updates_made,
+    torch_optimizer,
+    updates_made,
+)
+from training.strategy import read_strategy, shards_weights
 
 HERE = Path(__file__).resolve().parent
 STARTED = time.perf_counter()
@@ -76,7 +87,9 @@ STARTED = time.perf_counter()
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="how to spread the work: a file of ds_configs/")
+    parser.add_argument(
+        "--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)"
+    )
     parser.add_argument("--recipe", type=Path, help="the experiment: a file of recipes/ (default: recipes/demo.yaml)")
     parser.add_argument("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
     parser.add_argument(
@@ -172,7 +185,7 @@ def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.opt
     parameters = [p for p in model.parameters() if p.requires_grad]
     if numbers.name == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=numbers.learning_rate, betas=numbers.betas, weight_decay=numbers.weight_decay
+            parameters, numbers.learning_rate, numbers.betas, weight_decay=numbers.weight_decay, fused=True
         )
     return torch.optim.SGD(
         parameters,
@@ -180,20 +193,31 @@ def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.opt
         momentum=numbers.momentum,
         weight_decay=numbers.weight_decay,
         nesterov=numbers.momentum > 0,
+        fused=True,  # can leave out a step without waiting for the device (training/guards.py)
     )
 
 
-def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict) -> int:
-    """Load a checkpoint that was `saved` by this run; returns the step to go on from."""
+def compile_blocks(model: ConsistentViewAlignment, settings: dict) -> None:
+    """torch.compile each block of the encoders; the rest is small, or changes shape."""
+    if settings.get("zero_optimization", {}).get("stage") == 3:
+        warnings.warn("train.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
+        return
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            module.compile()
+
+
+def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict, state: Iterable[Piece]) -> dict:
+    """Load a checkpoint of this run, whatever strategy and number of ranks `saved` it; returns what this rank saved."""
     if saved["data"] != meta["data"]:
         raise ValueError(
             f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
         )
-    if saved["engine"] != meta["engine"]:
-        raise ValueError(f"{path} was written by {saved['engine']}, this is {meta['engine']}: launch as before")
-    accelerator.load_state(str(path))
+    own = load(path, state, accelerator.process_index, accelerator.num_processes)
     accelerator.print(f"resume      {path}")
-    return saved["step"]
+    if saved["engine"] != meta["engine"]:
+        accelerator.print(f"            of {saved['engine']}, taken up by {meta['engine']}")
+    return own
 
 
 # --------------------------------------------------------------------------- what a run leaves behind
@@ -230,42 +254,16 @@ def publish(
     accelerator.wait_for_everyone()
 
 
-def print_ending(accelerator: Accelerator, terms: Collection[str], output: Path) -> None:
-    records = read_metrics(output / "metrics.jsonl")
-    tenth = max(1, len(records) // 10)
-
-    def change(key: str) -> str:
-        start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
-        return f"{key} {start:.3f} -> {end:.3f}"
-
-    accelerator.print(f"losses      {', '.join(change(key) for key in terms)}")
-    waited = sum(r["data_wait"] for r in records) / len(records)
-    seconds = time.perf_counter() - STARTED
-    accelerator.print(
-        f"time        {seconds:.0f} s after the imports, {100 * waited:.0f} % of each step waiting for data"
-    )
-    accelerator.print(f"encoder     {output / 'encoder'}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
-    accelerator.print(f"pictures    {output / 'report'}")
-
-
-def current_commit() -> str | None:
-    try:
-        git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return None
-    return git.stdout.strip() or None
-
-
 # --------------------------------------------------------------------------- the run
 
 
 def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
     recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
-    settings = read_config(arguments.config)
+    settings = read_strategy(arguments.config)
     if recipe.train.log_gradients and shards_weights(settings):
         raise ValueError(
-            f"train.log_gradients needs whole weights on each rank, which {arguments.config} does not give"
+            f"train.log_gradients needs whole weights on each rank, which {arguments.config or 'FSDP'} does not give"
         )
     output = choose_output(arguments.output, recipe, resume=bool(arguments.resume))
     if arguments.data and os.environ.get("RANK", "0") == "0":
@@ -274,17 +272,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
     say_what_is_default(bool(arguments.recipe), bool(arguments.data))
 
-    # model
+    # ranks
     model = build_model(recipe)
-    newest = newest_checkpoint(output / "checkpoints") if arguments.resume else None
-    init_from = newest[1].get("init_from") if newest else arguments.init_from
-    if newest and arguments.init_from not in (None, init_from):
-        raise ValueError(f"--init-from {arguments.init_from}: the run to resume started from {init_from}")
-    if init_from and not newest:
-        report = load_pretrained(model.student, init_from, arguments.init_token_order)
-        model.update_teacher(momentum=0.0)  # the teacher starts as the student
-        if os.environ.get("RANK", "0") == "0":
-            print(f"init        {report}")
     accumulate = recipe.train.accumulate
     per_rank = recipe.train.batch_size // (accumulate * int(os.environ.get("WORLD_SIZE", 1)))
     cost = step_cost(model, step_inputs(recipe, per_rank))  # before there is a process group: it communicates nothing
@@ -298,11 +287,26 @@ def main(arguments: argparse.Namespace) -> None:
         wrap=model._no_split_modules,
         tracker="wandb" if arguments.wandb else "tensorboard",
     )
+    output = from_main_rank(accelerator, lambda: output)  # a free folder may look different to a late rank
+    locks = []
+    from_main_rank(accelerator, lambda: locks.append(lock_output(output)))
+    accelerator.project_configuration.logging_dir = str(output / "logs")
+
+    # first weights
+    newest = from_main_rank(
+        accelerator, lambda: newest_checkpoint(output / "checkpoints") if arguments.resume else None
+    )
+    init_from = newest[1].get("init_from") if newest else arguments.init_from
+    if newest and arguments.init_from not in (None, init_from):
+        raise ValueError(f"--init-from {arguments.init_from}: the run to resume started from {init_from}")
+    if init_from and not newest:
+        report = load_pretrained(model.student, init_from, arguments.init_token_order)
+        model.update_teacher(momentum=0.0)  # the teacher starts as the student
+        accelerator.print(f"init        {report}")
+    if recipe.train.compile:
+        compile_blocks(model, settings)
 
     # data
-    output = from_main_rank(accelerator, lambda: output)  # a free folder may look different to a late rank
-    output.mkdir(parents=True, exist_ok=True)
-    accelerator.project_configuration.logging_dir = str(output / "logs")
     files, fingerprint = from_main_rank(accelerator, lambda: prepare_data(arguments, recipe, output))
     stream = build_stream(files, recipe, model.student.features.stride)
 
@@ -311,38 +315,42 @@ def main(arguments: argparse.Namespace) -> None:
     print_banner(accelerator, model, cost, recipe, output)
     model, optimizer = accelerator.prepare(model, optimizer)
     cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
-    torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop-path differs between ranks
 
     # resume
-    first_step = 0
     meta = {
         "ranks": accelerator.num_processes,
         "engine": describe_engine(accelerator),
         "data": fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "init_from": init_from,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "tracker": newest[1]["tracker"] if newest else f"{recipe.name}-{os.urandom(4).hex()}",
+        "versions": versions(),
         "commit": current_commit(),
     }
+    saved, own = {"step": 0, "skipped": (0, 0)}, {}
     if newest:
-        first_step = resume(accelerator, *newest, meta)
+        saved = newest[1]
+        own = resume(accelerator, *newest, meta, pieces(accelerator, model, optimizer))
+        set_updates_made(optimizer, saved["updates"])
     elif arguments.resume:
         accelerator.print(f"resume      no complete checkpoint in {output}: starting from the first step")
+    first_step = saved["step"]
+    set_random_state(own, recipe.seed + 1 + accelerator.process_index + first_step * accelerator.num_processes)
     if accelerator.is_main_process:
         recipe.save(output / "recipe.yaml")
-    accelerator.init_trackers(
-        recipe.name, config={k: str(v) for k, v in flatten(recipe.model_dump(mode="json")).items()}
-    )
+    tracks = start_tracker(accelerator, recipe.name, meta["tracker"], flatten(recipe.model_dump(mode="json")))
 
     # loop
     steps, ranks, rank = recipe.train.steps, accelerator.num_processes, accelerator.process_index
     batches = MicroBatches(first_step, steps, recipe.train.batch_size, accumulate, rank, ranks)
     loader = iter(make_loader(stream, batches, recipe.data.workers, pin_memory=accelerator.device.type == "cuda"))
-    metrics = Metrics(accelerator, output / "metrics.jsonl", first_step, recipe, cost["flops"] * ranks * accumulate)
+    flops = cost["flops"] * ranks * accumulate
+    metrics = Metrics(accelerator, output / "metrics.jsonl", first_step, recipe, flops, tracks)
+    metrics.load(own)
+    writer = Writer(output / "checkpoints", recipe.train.checkpoint_in_background)
+    limits = recipe.train.max_skipped, recipe.train.checkpoint_minutes
+    guard = Guard(accelerator, saved["skipped"], *limits, last_good=lambda: writer.newest)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model.train()
     for step in range(first_step, steps):
         done = step + 1
@@ -359,28 +367,42 @@ def main(arguments: argparse.Namespace) -> None:
             batch = make_batch(samples, accelerator.device, recipe)
             with accelerator.accumulate(model):
                 losses = model(**batch, gradient_norms=logs and recipe.train.log_gradients)
-                accelerator.backward(losses["loss"])  # under DeepSpeed this clips and steps as well
-                if accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.sync_gradients:
+                guard.watch(samples["pair"], losses.pop("crop_is_finite"))
+                accelerator.backward(poison(losses["loss"]))  # under DeepSpeed this clips and steps as well
+                if not deepspeed and accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
+                    skip_if_not_finite(torch_optimizer(optimizer), grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             metrics.add(losses, waited)
+        if deepspeed:
+            grad_norm = model.get_global_grad_norm()
         if recipe.teacher:
             numbers = recipe.teacher
             cva.update_teacher(teacher_momentum(step, steps, numbers.momentum, numbers.final_momentum))
 
+        stop, save = guard.end_step(done, grad_norm)
         if logs:
-            if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                grad_norm = model.get_global_grad_norm()
-            metrics.log(done, lr, grad_norm)
-        if done % recipe.train.checkpoint_every == 0 or done == steps:
-            save_checkpoint(accelerator, output / "checkpoints", done, meta)
+            metrics.log(done, lr, grad_norm, guard.skipped)
+        if stop or save or done % recipe.train.checkpoint_every == 0 or done == steps:
+            started = time.perf_counter()
+            stop = guard.settle().stop or stop
+            facts = {"updates": updates_made(optimizer), "skipped": (guard.skipped, guard.in_a_row)}
+            own = {**random_state(accelerator.device), **metrics.state()}
+            writer.save(done, pieces(accelerator, model, optimizer), own, meta | facts)
+            guard.saved()
+            if stop and done < steps:
+                writer.wait()
+                accelerator.print(f"stopped     at step {done} as asked; go on from there with --resume auto")
+                accelerator.end_training()
+                sys.exit(STOPPED)
             if done < steps:
                 publish(accelerator, model, stream, recipe, meta, output, done)
-            metrics.pause()
+            metrics.leave_out(time.perf_counter() - started)
     metrics.bar.close()
+    writer.wait()
     publish(accelerator, model, stream, recipe, meta, output, steps)
-    print_ending(accelerator, recipe.loss.weights(), output)
+    print_ending(accelerator, recipe.loss.weights(), output, time.perf_counter() - STARTED)
     accelerator.end_training()
 
 

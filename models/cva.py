@@ -131,6 +131,9 @@ class ConsistentViewAlignment(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The losses of `forward_views`' arguments, `loss` being the one to minimise.
 
+        With them `crop_is_finite` `[2B]`: whether the encoder's deepest features of each crop are; where a loss is not
+        finite, this tells which samples it came from, since all others share their terms with them.
+
         Args:
             return_outputs: add the outputs of `forward_views`.
             gradient_norms: add `gradient_of_TERM`, the norm over the whole batch of each term's gradient, as it is
@@ -142,6 +145,7 @@ class ConsistentViewAlignment(nn.Module):
         if gradient_norms:
             losses |= {f"gradient_of_{k}": _gradient_norm(term, outputs["encoded"]) for k, term in terms.items()}
         losses = {"loss": sum(terms.values()), **{name: value.detach() for name, value in losses.items()}}
+        losses["crop_is_finite"] = outputs["encoded"][-1].detach().isfinite().flatten(1).all(dim=1)
         return outputs | losses if return_outputs else losses
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Small volumes, a small recipe, and a way to run the script as a user does."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -99,13 +101,23 @@ def config(name: str) -> Path:
     return ROOT / "ds_configs" / f"{name}.json"
 
 
-def model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The module's tensors in a checkpoint of either engine."""
-    if (checkpoint / "model.safetensors").exists():
-        from safetensors.torch import load_file
+def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, flat, put together from what the ranks wrote; and what each kept for itself."""
+    parts, state = {}, {}
+    for path in sorted(checkpoint.glob("state_*.safetensors")):
+        with safe_open(path, "pt") as file:
+            starts = json.loads(file.metadata()["starts"])
+            for name in file.keys():  # noqa: SIM118
+                if name in starts:
+                    parts.setdefault(name, []).append((starts[name], file.get_tensor(name)))
+                else:
+                    state[f"{path.stem}.{name}"] = file.get_tensor(name)
+    return state | {name: torch.cat([part for _, part in sorted(found)]) for name, found in parts.items()}
 
-        return load_file(checkpoint / "model.safetensors")
-    return torch.load(checkpoint / "pytorch_model" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+
+def model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The module's tensors in a checkpoint, flat."""
+    return {name[6:]: tensor for name, tensor in whole_state(checkpoint).items() if name.startswith("model.")}
 
 
 def assert_same_features_in_a_clean_process(folder, model_class, module, crop_size, tmp_path):
@@ -118,7 +130,8 @@ def assert_same_features_in_a_clean_process(folder, model_class, module, crop_si
 
     prefix = "student.features.encoder."
     encoder = model_class(model_class.config_class.from_pretrained(folder)).eval()
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in module.items() if k.startswith(prefix)})
+    shapes = {name: value.shape for name, value in encoder.state_dict().items()}
+    encoder.load_state_dict({name: module[prefix + name].view(shape) for name, shape in shapes.items()})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():

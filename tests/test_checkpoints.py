@@ -1,60 +1,216 @@
-"""Checkpoints are complete or do not count; metrics survive a cut."""
+"""Checkpoints are complete and undamaged or do not count; pieces fit together however they were cut."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from training.checkpoints import complete_checkpoints, newest_checkpoint, save_checkpoint
+from training.checkpoints import Writer, complete_checkpoints, damage, load, newest_checkpoint
 from training.metrics import read_metrics
+from training.state import Piece, pieces, set_updates_made, updates_made
 
 
-@pytest.fixture
-def accelerator():
-    accelerator = Accelerator(cpu=True)
-    model = torch.nn.Linear(3, 3)
-    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    yield accelerator
-    accelerator.free_memory()
+class Training:
+    """A model that is trained a little, and its checkpoints."""
+
+    def __init__(self, folder, optimizer=torch.optim.AdamW, background=False, **numbers):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, optimizer(model.parameters(), lr=0.1, fused=True, **numbers)
+        )
+        self.writer = Writer(folder, background)
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.model(torch.ones(2, 3)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def state(self):
+        return pieces(self.accelerator, self.model, self.optimizer)
+
+    def values(self):
+        return {piece.name: piece.values.clone() for piece in self.state()}
+
+    def save(self, step, own=(), wait=False, **meta):
+        self.writer.save(step, self.state(), dict(own), {"updates": updates_made(self.optimizer), **meta})
+        if wait:
+            self.writer.wait()
+
+    def load(self, path):
+        own = load(path, self.state(), 0, 1)
+        set_updates_made(self.optimizer, json.loads((path / "meta.json").read_text())["updates"])
+        return own
 
 
-def test_the_last_two_are_kept(accelerator, tmp_path):
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_last_two_are_kept(tmp_path):
+    training = Training(tmp_path)
     for step in (2, 4, 10):
-        save_checkpoint(accelerator, tmp_path, step, {"data": "x"})
+        training.save(step, data="x")
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_4", "step_10"]
     path, meta = newest_checkpoint(tmp_path)
     assert path.name == "step_10"
-    assert meta == {"step": 10, "data": "x"}
+    assert meta == {"step": 10, "updates": 0, "data": "x"}
     assert not list(tmp_path.glob("tmp-*"))
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=path, check=True)
 
 
-def test_incomplete_ones_are_ignored_with_a_warning(accelerator, tmp_path):
-    save_checkpoint(accelerator, tmp_path, 2, {})
+@pytest.mark.parametrize(
+    ("optimizer", "numbers"),
+    [(torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (torch.optim.SGD, {})],
+)
+@pytest.mark.parametrize("background", [False, True])
+def test_a_loaded_training_goes_on_as_the_saved_one(tmp_path, optimizer, numbers, background):
+    saved = Training(tmp_path, optimizer, background, **numbers).train(3)
+    saved.save(3, own={"random": torch.arange(3)})
+    saved.train(2)  # what is written is the state when save was called
+    saved.writer.wait()
+    loaded = Training(tmp_path, optimizer, **numbers).train(1)
+    own = loaded.load(newest_checkpoint(tmp_path)[0])
+    assert same(own, {"random": torch.arange(3)})
+    assert same(loaded.train(2).values(), saved.values())
+    assert updates_made(loaded.optimizer) == updates_made(saved.optimizer)
+
+
+def test_incomplete_ones_are_ignored_with_a_warning(tmp_path):
+    training = Training(tmp_path)
+    training.save(2)
     (tmp_path / "tmp-step_4").mkdir()
     (tmp_path / "step_6").mkdir()  # no marker
     with pytest.warns(UserWarning, match="incomplete") as warned:
         path, _ = newest_checkpoint(tmp_path)
     assert path.name == "step_2"
     assert len(warned) == 2
-    save_checkpoint(accelerator, tmp_path, 6, {})  # and they do not stand in the way
-    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_2", "step_6"]
+    training.save(6)  # and they do not stand in the way
+    assert {p.name for p in tmp_path.iterdir()} == {"step_2", "step_6", "step_6.damaged"}
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
 
 
-def test_a_failing_write_leaves_the_earlier_ones(accelerator, tmp_path, monkeypatch):
-    save_checkpoint(accelerator, tmp_path, 2, {})
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
 
-    def full(folder):
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+FLIPS = {f"flip_at_{place}": lambda path, place=place: flip(path, place) for place in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)}
+DAMAGES = {action.__name__: action for action in (truncate, cut_in_half, empty, remove)} | FLIPS
+
+
+@pytest.mark.parametrize("file", ["state_0.safetensors", "meta.json", "SHA256SUMS"])
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_a_damaged_one_is_named_kept_and_not_used(tmp_path, file, harm):
+    training = Training(tmp_path)
+    for step in (2, 4):
+        training.train(1).save(step)
+    newest = tmp_path / "step_4"
+    DAMAGES[harm](newest / file)
+    before = {path.name: path.read_bytes() for path in newest.iterdir()}
+    with pytest.warns(UserWarning, match="step_4 is (damaged|incomplete)"):
+        path, meta = newest_checkpoint(tmp_path)
+    assert (path.name, meta["step"]) == ("step_2", 2)
+    kept = newest if newest.exists() else tmp_path / "step_4.damaged"
+    assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
+    training.save(4)
+    training.save(6)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "step_4.damaged").iterdir()}
+    assert newest_checkpoint(tmp_path)[1]["step"] == 6
+
+
+def test_a_file_too_many_is_damage(tmp_path):
+    Training(tmp_path).save(2)
+    (tmp_path / "step_2" / "state_1.safetensors").write_bytes(b"")
+    assert damage(tmp_path / "step_2") == "state_1.safetensors missing, or not of it"
+
+
+def test_nothing_starts_afresh_over_damaged_checkpoints(tmp_path):
+    Training(tmp_path).save(2)
+    empty(tmp_path / "step_2" / "meta.json")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is undamaged: .*step_2: meta\.json not as written; restore one"
+    ):
+        newest_checkpoint(tmp_path)
+    assert (tmp_path / "step_2").exists()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failing_write_leaves_the_earlier_ones(tmp_path, monkeypatch, background):
+    training = Training(tmp_path, background=background)
+    training.save(2)
+    training.writer.wait()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(accelerator, "save_state", full)
-    with pytest.raises(OSError, match=r"step_4 could not be written .*GB free .*earlier checkpoints are untouched"):
-        save_checkpoint(accelerator, tmp_path, 4, {})
+    monkeypatch.setattr("training.checkpoints.save_file", full)
+    message = r"step_4 could not be written \(rank 0: .*GB free .*earlier checkpoints are untouched"
+    with pytest.raises(OSError, match=message):
+        training.save(4, wait=True)
     assert [p.name for p in tmp_path.iterdir()] == ["step_2"]
+    monkeypatch.undo()
+    training.save(6)  # the disk has room again
+    training.writer.wait()
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_2", "step_6"]
+
+
+# ------------------------------------------------------------------ pieces
+
+CUTS = st.lists(st.integers(0, 20), max_size=5).map(sorted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(written=CUTS, read=CUTS)
+def test_pieces_fit_however_they_were_cut(tmp_path_factory, written, read):
+    folder, whole = tmp_path_factory.mktemp("pieces"), torch.arange(20.0)
+    for rank, (first, last) in enumerate(zip([0, *written], [*written, 20])):
+        starts = {"model.x": first} if first < last else {}
+        save_file({name: whole[first:last].clone() for name in starts}, folder / f"state_{rank}.safetensors",
+                  metadata={"starts": json.dumps(starts)})  # fmt: skip
+    for first, last in zip([0, *read], [*read, 20]):
+        values = torch.full((last - first,), -1.0)
+        load(folder, [Piece("model.x", values, first, whole=False)], 0, 1)
+        assert torch.equal(values, whole[first:last])
+
+
+def test_a_checkpoint_of_another_model_is_said(tmp_path):
+    training = Training(tmp_path)
+    training.save(2)
+    for piece in (Piece("model.weight", torch.zeros(10), 0, True), Piece("model.other", torch.zeros(9), 0, True)):
+        with pytest.raises(ValueError, match=rf"of the {len(piece.values)} numbers of {piece.name}: it is of another"):
+            load(tmp_path / "step_2", [piece], 0, 1)
 
 
 def test_a_metrics_line_cut_by_a_kill_is_left_out(tmp_path):

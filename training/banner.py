@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
@@ -10,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from models import ConsistentViewAlignment
 
 from .checkpoints import KEEP, complete_checkpoints
+from .metrics import read_metrics
 from .recipe import Recipe
 from .runtime import describe_engine
 
@@ -87,3 +89,21 @@ def _check_room(output: Path, checkpoint: int) -> None:
             f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; "
             "free some or choose another folder"
         )
+
+
+def print_ending(accelerator: Accelerator, terms: Collection[str], output: Path, seconds: float) -> None:
+    """What the losses and the `seconds` since the imports came to, and where everything is."""
+    records = [record for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
+    tenth = max(1, len(records) // 10)
+
+    def change(key: str) -> str:
+        start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
+        return f"{key} {start:.3f} -> {end:.3f}"
+
+    accelerator.print(f"losses      {', '.join(change(key) for key in terms)}")
+    waited = sum(r["data_wait"] for r in records) / max(1, len(records))
+    accelerator.print(
+        f"time        {seconds:.0f} s after the imports, {100 * waited:.0f} % of each step waiting for data"
+    )
+    accelerator.print(f"encoder     {output / 'encoder'}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
+    accelerator.print(f"pictures    {output / 'report'}")

@@ -1,70 +1,261 @@
-"""Checkpoints that are complete or do not count.
+"""Checkpoints that are complete and undamaged, or do not count; of any strategy, for any other.
 
-A checkpoint is written to `tmp-step_N`, closed with `meta.json`, and renamed to `step_N`; then old ones are removed.
+    checkpoints/step_N/state_R.safetensors   what rank R wrote: its pieces of the state (training/state.py)
+    checkpoints/step_N/meta.json             the step, the recipe, what wrote it
+    checkpoints/step_N/SHA256SUMS            the marker, written last; `sha256sum -c` reads it
+
+They are written to `tmp-step_N`, flushed, closed with the marker and renamed; only then are old ones removed.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .state import Piece
 
 KEEP = 2
-MARKER = "meta.json"
+MARKER = "SHA256SUMS"
+META = "meta.json"
+PATIENCE = timedelta(hours=1)  # how long ranks may wait for one whose disk is slow
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, meta: dict) -> Path:
-    """Write `folder/step_N` with the state of model (teacher included), optimiser and random generators.
+class Writer:
+    """Writes the checkpoints of a run, in the background if asked; all ranks make the same calls."""
+
+    def __init__(self, folder: Path, background: bool):
+        self.folder = folder
+        # a group of its own: a background thread must not mix its messages with those of the training
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.pending: Future | None = None
+
+    @property
+    def newest(self) -> str:
+        """To tell a user where to go on from."""
+        complete = complete_checkpoints(self.folder)
+        return f"the last good checkpoint is {complete[-1]}" if complete else "no checkpoint has been written yet"
+
+    def save(self, step: int, state: Iterable[Piece], own: dict[str, torch.Tensor], meta: dict) -> None:
+        """Write `folder/step_N`.
+
+        Args:
+            state: of `pieces`.
+            own: tensors of this rank alone, which only the same number of ranks can take up again.
+            meta: of the main rank, for `meta.json`.
+
+        Raises:
+            OSError: on all ranks, if it cannot be written, or the one before could not; what was there is untouched.
+        """
+        self.wait()
+        tensors, starts = {}, {}
+        for piece in state:
+            first, last = 0, len(piece.values)
+            if piece.whole:  # a share each
+                share = -(-last // self.ranks)
+                first, last = min(self.rank * share, last), min((self.rank + 1) * share, last)
+            if first < last and not piece.copy:
+                tensors[piece.name] = piece.values[first:last].to("cpu", copy=True)
+                starts[piece.name] = piece.start + first
+        tensors |= {f"own.{name}": tensor.to("cpu", copy=True) for name, tensor in own.items()}
+        if self.thread:
+            self.pending = self.thread.submit(self._write, step, tensors, starts, meta)
+        else:
+            self._write(step, tensors, starts, meta)
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what `save` does."""
+        if self.pending:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], starts: dict[str, int], meta: dict) -> None:
+        final, temporary = self.folder / f"step_{step}", self.folder / f"tmp-step_{step}"
+        file = temporary / f"state_{self.rank}.safetensors"
+        sums: dict[str, str] = {}
+
+        def make_room() -> None:
+            if self.rank == 0:
+                remove_leftovers(self.folder)
+                temporary.mkdir(parents=True)
+
+        def write_own() -> None:
+            save_file(tensors, file, metadata={"starts": json.dumps(starts)})
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+            flush(file)
+            sums[file.name] = _checksum(file)
+
+        def close() -> None:
+            if self.rank:
+                return
+            (temporary / META).write_text(json.dumps({"step": step, **meta}, indent=1))
+            flush(temporary / META)
+            everybody = {name: value for part in found for name, value in part.items()}
+            (temporary / MARKER).write_text(_marker(everybody | {META: _checksum(temporary / META)}))
+            flush(temporary / MARKER)
+            flush(temporary)
+            if final.exists():  # a complete one would have been resumed from
+                set_aside(final)
+            temporary.rename(final)
+            flush(self.folder)
+            for old in complete_checkpoints(self.folder)[:-KEEP]:
+                gone = old.rename(self.folder / f"tmp-{old.name}")  # at once: a kill leaves no half of it
+                shutil.rmtree(gone)
+
+        self._together(final, make_room)
+        self._together(final, write_own)
+        found = self._everyone(sums)
+        self._together(final, close)
+
+    def _together(self, final: Path, act) -> None:
+        """Do something on each rank; if it fails on one, it has failed on all."""
+        trouble = None
+        try:
+            act()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+            trouble = f"rank {self.rank}: {str(error).splitlines()[0][:120]}"
+        troubles = [other for other in self._everyone(trouble) if other]
+        if troubles:
+            if self.rank == 0:
+                shutil.rmtree(final.with_name(f"tmp-{final.name}"), ignore_errors=True)
+            room = next(place for place in (final, *final.parents) if place.exists())
+            raise OSError(
+                f"checkpoint {final} could not be written ({troubles[0]}; {shutil.disk_usage(room).free / 1e9:.1f} GB "
+                "free on the disk); earlier checkpoints are untouched, go on from them with --resume auto"
+            )
+
+    def _everyone(self, value: object) -> list:
+        found = [value] * self.ranks
+        if self.group:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def load(path: Path, state: Iterable[Piece], rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Fill this rank's pieces from a checkpoint of any strategy and number of ranks.
+
+    Returns:
+        What the rank saved of its `own`; empty if the number of ranks has changed.
 
     Raises:
-        OSError: if it cannot be written; earlier checkpoints are untouched.
+        ValueError: if the checkpoint does not hold all of the state.
     """
-    final, temporary = folder / f"step_{step}", folder / f"tmp-step_{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(folder).free / 1e9
-        raise OSError(
-            f"checkpoint {final} could not be written ({str(error).splitlines()[0][:120]}; {free:.1f} GB free on the "
-            "disk); earlier checkpoints are untouched, go on from them with --resume auto"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (temporary / MARKER).write_text(json.dumps({"step": step, **meta}, indent=1))
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        shutil.rmtree(final, ignore_errors=True)  # only a folder without marker can stand here
-        os.rename(temporary, final)
-        _flush(folder)
-        for old in complete_checkpoints(folder)[:-KEEP]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(path.glob("state_*.safetensors"))]
+        places = defaultdict(list)
+        for file in files:
+            for name, start in json.loads(file.metadata()["starts"]).items():
+                stored = file.get_slice(name)
+                places[name].append((start, start + stored.get_shape()[0], stored))
+        for name, values, first, *_ in state:
+            last, filled = first + len(values), 0
+            for start, end, stored in places[name]:
+                low, high = max(start, first), min(end, last)
+                if low < high:
+                    values[low - first : high - first].copy_(stored[low - start : high - start])
+                    filled += high - low
+            if filled != len(values):
+                raise ValueError(
+                    f"{path} holds {filled} of the {len(values)} numbers of {name}: it is of another model"
+                )
+        if len(files) != ranks:
+            return {}
+        own = stack.enter_context(safe_open(path / f"state_{rank}.safetensors", "pt"))
+        return {name[4:]: own.get_tensor(name) for name in own.keys() if name.startswith("own.")}  # noqa: SIM118
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest undamaged checkpoint and its `meta.json`, or None if none was ever written.
+
+    Damaged ones are named in a warning and set aside as `step_N.damaged`; incomplete ones are named.
+
+    Raises:
+        ValueError: if all are damaged.
+    """
+    complete = complete_checkpoints(folder)
+    for other in sorted(set(folder.glob("*step_*")) - set(complete)):
+        if ".damaged" not in other.name:
+            warnings.warn(f"{other} is incomplete and is ignored (the run stopped while writing it)", stacklevel=2)
+    damaged = {}
+    for path in reversed(complete):
+        reason = damage(path)
+        if not reason:
+            for other, why in damaged.items():
+                warnings.warn(f"{other} is damaged ({why}): kept as {set_aside(other)}, using {path}", stacklevel=2)
+            return path, json.loads((path / META).read_text())
+        damaged[path] = reason
+    if damaged:
+        raise ValueError(
+            "no checkpoint is undamaged: "
+            + "; ".join(f"{path}: {why}" for path, why in damaged.items())
+            + "; restore one, or start a new run with another --output"
+        )
+    return None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """All complete checkpoints, oldest first."""
+    """All complete checkpoints, damaged or not, oldest first."""
     steps = [p for p in folder.glob("step_*") if (p / MARKER).is_file() and p.name[5:].isdigit()]
     return sorted(steps, key=lambda p: int(p.name[5:]))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest complete checkpoint and its `meta.json`; warns of incomplete ones."""
-    complete = complete_checkpoints(folder)
-    for other in sorted(set(folder.glob("*step_*")) - set(complete)):
-        warnings.warn(f"{other} is incomplete and is ignored (the run stopped while writing it)", stacklevel=2)
-    return (complete[-1], json.loads((complete[-1] / MARKER).read_text())) if complete else None
+def damage(path: Path) -> str | None:
+    """What is wrong with a complete checkpoint, from the checksums of all its files."""
+    try:
+        text = (path / MARKER).read_text()
+        sums = {name: checksum for checksum, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE)}
+        if text != _marker(sums) or META not in sums:
+            return f"{MARKER} cannot be read"
+        there = {file.name for file in path.iterdir()} - {MARKER}
+        if there != sums.keys():
+            return f"{', '.join(sorted(there ^ sums.keys()))} missing, or not of it"
+        wrong = [name for name, checksum in sums.items() if _checksum(path / name) != checksum]
+        return f"{', '.join(wrong)} not as written" if wrong else None
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
 
 
-def _flush(path: Path) -> None:
+def set_aside(path: Path) -> Path:
+    """Rename a folder to the first free of NAME.damaged, NAME.damaged-2, ..."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))).exists():
+        number += 1
+    return path.rename(aside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left half written or half removed."""
+    for leftover in folder.glob("tmp-step_*"):
+        shutil.rmtree(leftover)
+
+
+def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _marker(sums: dict[str, str]) -> str:
+    return "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())

@@ -73,7 +73,8 @@ def write_run(
     """
     steps = [0, *(record["step"] for record in records)]
     seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
-    losses = {key: records[-1][key] for key in LOSSES if key in records[-1]}
+    last = next((record for record in reversed(records) if "loss" in record), {})
+    losses = {key: last[key] for key in LOSSES if key in last}
     facts = {**facts, "hours": seconds / 3600, "losses": losses, "weights": "student"}
 
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections import Counter
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,10 +20,14 @@ class Metrics:
     Args:
         path: `metrics.jsonl`; records after `first_step` are dropped, they are about to be written again.
         flops: floating point operations of one step over all ranks.
+        tracks: whether the tracker could be started.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, first_step: int, recipe: Recipe, flops: float):
+    def __init__(
+        self, accelerator: Accelerator, path: Path, first_step: int, recipe: Recipe, flops: float, tracks: bool
+    ):
         self.accelerator, self.path, self.train, self.flops = accelerator, path, recipe.train, flops
+        self.tracks = tracks
         self.bar = tqdm(
             total=recipe.train.steps,
             initial=first_step,
@@ -39,30 +43,41 @@ class Metrics:
         self._start_interval()
 
     def _start_interval(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: Counter[str] = Counter()
+        self.sums: dict[str, torch.Tensor] = {}  # [2]: the sum, and of how many
         self.micro_batches, self.waited, self.started = 0, 0.0, time.perf_counter()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's sums since the last log, for a checkpoint between two logs."""
+        return {f"metrics.{key}": value for key, value in self.sums.items()}
+
+    def load(self, own: dict[str, torch.Tensor]) -> None:
+        """Take up the sums of a checkpoint; without them, the next record averages fewer steps."""
+        prefix, device = "metrics.", self.accelerator.device
+        self.sums = {key.removeprefix(prefix): own[key].to(device) for key in own if key.startswith(prefix)}
+
     def add(self, losses: dict[str, torch.Tensor], waited: float) -> None:
-        """Note one micro-batch: its losses, still on the device, and the seconds it waited for data."""
+        """Note one micro-batch: its losses, still on the device, and the seconds it waited for data.
+
+        Those of a loss that is not finite do not count: its step is skipped.
+        """
+        finite = losses["loss"].detach().isfinite()
         for key, value in losses.items():
-            value = value.detach()
+            value = torch.stack([value.detach().where(finite, 0.0), finite.to(value.dtype)])
             self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.counts.update(losses.keys())
         self.micro_batches += 1
         self.waited += waited
         if self.micro_batches % self.train.accumulate == 0:
             self.bar.update()
 
-    def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor) -> None:
-        """Write the record of the steps up to `step`.
+    def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor, skipped: int) -> None:
+        """Write the record of the steps up to `step`; what is not finite is left out of it.
 
-        Raises:
-            FloatingPointError: if the loss is not finite, on all ranks alike.
+        Args:
+            skipped: steps since the run began, as far as known.
         """
-        keys = list(self.sums)
-        means = torch.stack([self.sums[key] / self.counts[key] for key in keys])
-        means = self.accelerator.reduce(means, "mean").tolist()
+        keys = sorted(self.sums)
+        sums, counts = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").unbind(1)
+        means = (sums / counts).tolist()
         elapsed = time.perf_counter() - self.started
         seconds = elapsed * self.train.accumulate / self.micro_batches
         record = {"step": step, **dict(zip(keys, means))}
@@ -73,24 +88,31 @@ class Metrics:
             "volumes_per_second": self.train.batch_size / seconds,
             "data_wait": self.waited / elapsed,
             "tflops": self.flops / seconds / 1e12,
+            "skipped": skipped,
         }
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {step}: lower optimizer.learning_rate, or train in fp32"
-            )
+        record = {key: value for key, value in record.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
+            self._track(record)
             self.bar.set_postfix_str(
-                f"loss {record['loss']:.3f} lr {learning_rate:.1e} {seconds:.2f} s/step "
+                f"loss {record.get('loss', math.nan):.3f} lr {learning_rate:.1e} {seconds:.2f} s/step "
                 f"{record['volumes_per_second']:.1f} vol/s data {100 * record['data_wait']:.0f}%"
             )
         self._start_interval()
 
-    def pause(self) -> None:
-        """Leave the time since the last log (checkpoints, pictures) out of the next record."""
-        self.started = time.perf_counter()
+    def _track(self, record: dict[str, float]) -> None:
+        if not self.tracks:
+            return
+        try:
+            self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        except Exception as error:  # whatever a tracker's network does, training goes on
+            self.tracks = False
+            warnings.warn(f"the tracker stopped ({error}): metrics.jsonl has all that it misses", stacklevel=2)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count this time (of checkpoints and pictures) in the next record."""
+        self.started += seconds
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -1,7 +1,11 @@
 """The folder of a run, and the care that two runs never share one."""
 
 import itertools
+import os
+import socket
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .metrics import read_metrics
 from .recipe import Recipe, differences
@@ -38,3 +42,26 @@ def _check(output: Path, recipe: Recipe, resume: bool) -> Path:
     if not resume:
         raise ValueError(f"--output {output} holds a run of this recipe: add --resume auto to go on, or choose another")
     return output
+
+
+def lock_output(output: Path, seconds: float = 20) -> FileLock:
+    """Keep other runs out of a folder for as long as the returned lock lives; a killed process leaves none behind.
+
+    Args:
+        seconds: to wait for a run that is just ending; loaders outlive a kill by a few.
+
+    Raises:
+        ValueError: if another run has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(output / ".lock"), output / ".running"
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        by = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(
+            f"--output {output} is in use by {by}: stop that run (kill -USR1 saves a checkpoint first), or choose "
+            "another folder"
+        ) from None
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return lock

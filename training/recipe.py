@@ -88,12 +88,6 @@ class Recipe(Section):
         if self.loss.consistency != "none" and self.teacher is None:
             raise ValueError(f"loss.consistency={self.loss.consistency} needs a teacher: set teacher.momentum")
         self._check_batch()
-        if self.train.checkpoint_every % self.train.log_every:
-            better = -(-self.train.checkpoint_every // self.train.log_every) * self.train.log_every
-            raise ValueError(
-                f"train.checkpoint_every={self.train.checkpoint_every} is not a multiple of "
-                f"train.log_every={self.train.log_every}: set train.checkpoint_every={better}"
-            )
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}"
@@ -236,7 +230,10 @@ RUN_ONLY = (
     "data.workers",
     "train.log_every",
     "train.log_gradients",
+    "train.max_skipped",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.checkpoint_in_background",
 )  # may change on resume: results do not
 
 

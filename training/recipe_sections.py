@@ -222,4 +222,8 @@ class Train(Section):
     clip_norm: PositiveFloat
     log_every: PositiveInt
     log_gradients: bool  # with each log, how strongly each term pulls at the encoder
-    checkpoint_every: PositiveInt
+    max_skipped: PositiveInt  # steps in a row whose loss or gradient is not finite: so many stop the run
+    checkpoint_every: PositiveInt  # steps
+    checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
+    checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
+    compile: bool  # the networks' blocks, by torch.compile

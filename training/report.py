@@ -28,7 +28,7 @@ def draw_report(
         orientation: of the volumes, such as RAS.
     """
     report, views, planes = output / "report", pair["views"][:, 0], planes_of(orientation)
-    draw_losses(read_metrics(output / "metrics.jsonl"), report / "losses.png")
+    draw_losses([r for r in read_metrics(output / "metrics.jsonl") if "loss" in r], report / "losses.png")
     draw_alignment([views], [pair["points"]], [pair["inside"][0]], report / "views.png", planes)
     if reconstruction is not None:
         hidden = nn.functional.interpolate(pair["mask"][:1, None].float(), size=views.shape[1:])[0, 0].bool()

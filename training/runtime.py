@@ -1,6 +1,5 @@
 """An Accelerator from a file of ds_configs/, doing what the file says or saying why not."""
 
-import json
 import os
 import socket
 import warnings
@@ -18,7 +17,7 @@ PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that 
 
 
 def make_accelerator(
-    config: Path,
+    config: Path | None,
     settings: dict,
     output: Path,
     batch_per_rank: int,
@@ -30,7 +29,7 @@ def make_accelerator(
     """Start the ranks' runtime.
 
     Args:
-        config, settings: a file of ds_configs/ and what `read_config` found in it.
+        config, settings: what `read_strategy` was given, and what it returned.
         batch_per_rank: volumes of a micro-batch.
         accumulate: micro-batches a step.
         clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
@@ -41,18 +40,22 @@ def make_accelerator(
         ValueError: if the file asks for something that this launch cannot give.
     """
     _stand_alone()
-    plugins = {}
+    plugins, backend = {}, "nccl" if torch.cuda.is_available() else "gloo"
     if "ddp" in settings:
         plugins["kwargs_handlers"] = [_build(DistributedDataParallelKwargs, settings["ddp"], config)]
         plugins["cpu"] = not torch.cuda.is_available()  # otherwise Accelerate lets CPU ranks train each on its own
     elif "fsdp" in settings:
         given = {**settings["fsdp"], "transformer_cls_names_to_wrap": wrap}
         plugins["fsdp_plugin"] = _build(FullyShardedDataParallelPlugin, given, config)
+        if settings["fsdp"].get("cpu_offload") and torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is computed where the weights are
     else:
         settings |= {
+            "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": batch_per_rank,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": clip_norm,
+            "zero_force_ds_cpu_optimizer": False,  # torch's own is as fast and needs no compiler
         }
         if settings["zero_optimization"].get("stage") == 3:
             settings["zero_optimization"] |= {
@@ -64,7 +67,7 @@ def make_accelerator(
     if not torch.cuda.is_available():  # launchers set one thread a process
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.backends.cudnn.benchmark = True  # crops have one size
-    group = InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")
+    group = InitProcessGroupKwargs(backend=backend)
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulate,
         mixed_precision="no",  # the model runs its own autocast, alike under every engine
@@ -89,6 +92,21 @@ def make_accelerator(
     return accelerator
 
 
+def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: dict[str, Any]) -> bool:
+    """Whether the tracker could be started; training goes on without it.
+
+    Args:
+        identity: of the run, the same after a resume.
+    """
+    wandb = {"wandb": {"id": identity, "resume": "allow"}}
+    try:
+        accelerator.init_trackers(name, {key: str(value) for key, value in numbers.items()}, init_kwargs=wandb)
+    except Exception as error:  # whatever its network does
+        warnings.warn(f"the tracker could not be started ({error}): metrics.jsonl has it all", stacklevel=2)
+        return False
+    return True
+
+
 def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
     # a group of its own: collectives of the training itself must not wait so long for a dead rank
@@ -111,31 +129,6 @@ def _build(kind: type, arguments: dict, config: Path) -> Any:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"--config {config}: {str(error).split('() ')[-1]}") from None
-
-
-def read_config(path: Path) -> dict:
-    """The settings of one file of ds_configs/; ValueError with the remedy if it is not one."""
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}; the files are in ds_configs/") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {path} is not JSON: {error}") from None
-    if not isinstance(settings, dict) or not {"ddp", "fsdp", "zero_optimization"} & set(settings):
-        raise ValueError(f"--config {path}: needs the key zero_optimization (DeepSpeed), fsdp or ddp")
-    if clash := {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"} & set(settings):
-        raise ValueError(
-            f"--config {path}: remove {', '.join(sorted(clash))}; the recipe sets batch, optimiser and precision"
-        )
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        if settings.get(key, "auto") != "auto":
-            warnings.warn(f"--config {path}: {key}={settings[key]} is ignored, the recipe sets it", stacklevel=2)
-    return settings
-
-
-def shards_weights(settings: dict) -> bool:
-    """Whether no rank holds whole weights (ZeRO-3, FSDP2)."""
-    return "fsdp" in settings or settings.get("zero_optimization", {}).get("stage") == 3
 
 
 def describe_engine(accelerator: Accelerator) -> str:

@@ -1,0 +1,103 @@
+"""How the work is spread over ranks: a file of ds_configs/, or what `accelerate launch --config_file` says."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+RECIPE_SETS = {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"}
+IGNORED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+FSDP2 = {
+    "fsdp_version": 2,
+    "reshard_after_forward": True,
+    "auto_wrap_policy": "transformer_based_wrap",
+    "state_dict_type": "SHARDED_STATE_DICT",
+}
+
+
+def read_strategy(config: Path | None) -> dict:
+    """Settings with the key "ddp", "fsdp" or "zero_optimization" (those of DeepSpeed).
+
+    Args:
+        config: a file of ds_configs/; None for what the launcher was told, plain data parallel if nothing.
+
+    Raises:
+        ValueError: with the remedy, if they cannot be used.
+    """
+    settings, where = _from_launcher() if config is None else _from_config(config)
+    if clash := RECIPE_SETS & {key for key, value in settings.items() if value != "auto"}:
+        raise ValueError(f"{where}: remove {', '.join(sorted(clash))}; the recipe sets batch, optimiser and precision")
+    for key in IGNORED:
+        if settings.get(key, "auto") != "auto":
+            warnings.warn(f"{where}: {key}={settings[key]} is ignored, the recipe sets it", stacklevel=2)
+    if settings.get("zero_force_ds_cpu_optimizer"):
+        warnings.warn(f"{where}: zero_force_ds_cpu_optimizer is ignored, torch's optimiser is used", stacklevel=2)
+    for place in offloads(settings).values():
+        if place != "cpu":
+            raise ValueError(f"{where}: offloading to {place} is not supported: offload to cpu")
+    if settings.get("zero_optimization", {}).get("stage") not in (None, 1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3; ds_configs/ddp.json is without sharding")
+    if settings.get("fsdp", {}).get("activation_checkpointing"):
+        raise ValueError(f"{where}: remove activation_checkpointing and set train.gradient_checkpointing=true instead")
+    return {key: value for key, value in settings.items() if key not in RECIPE_SETS}
+
+
+def shards_weights(settings: dict) -> bool:
+    """Whether no rank holds whole weights (ZeRO-3, FSDP2)."""
+    return "fsdp" in settings or settings.get("zero_optimization", {}).get("stage") == 3
+
+
+def offloads(settings: dict) -> dict[str, str]:
+    """What does not stay on the GPU ("optimizer", "param"), and where it goes."""
+    if settings.get("fsdp", {}).get("cpu_offload"):
+        return {"optimizer": "cpu", "param": "cpu"}
+    zero = settings.get("zero_optimization", {})
+    places = {part: (zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")}
+    return {part: place for part, place in places.items() if place and place != "none"}
+
+
+def _from_config(path: Path) -> tuple[dict, str]:
+    launched = [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if launched:
+        warnings.warn(f"--config {path} is used, not the {launched[0]} settings of accelerate launch", stacklevel=3)
+        os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in launched})
+    return _read_json(path, f"--config {path}", "; the files are in ds_configs/"), f"--config {path}"
+
+
+def _from_launcher() -> tuple[dict, str]:
+    where, given = "accelerate launch", os.environ
+    if given.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        warnings.warn(f"{where}: mixed_precision is ignored, train.precision of the recipe decides", stacklevel=3)
+    if given.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        path = given.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if path != "none":
+            return _read_json(Path(path), f"deepspeed_config_file: {path}", ""), path
+        zero = {"stage": int(given.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+        for part in ("optimizer", "param"):
+            zero[f"offload_{part}"] = {"device": given.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE")}
+        return {"zero_optimization": zero}, where
+    if given.get("ACCELERATE_USE_FSDP") == "true":
+        if given.get("FSDP_VERSION", "1") != "2":
+            raise ValueError(f"{where}: set fsdp_version: 2 in fsdp_config; version 1 is not supported")
+        names = {
+            "reshard_after_forward": "FSDP_RESHARD_AFTER_FORWARD",
+            "cpu_offload": "FSDP_OFFLOAD_PARAMS",
+            "activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
+        }
+        return {
+            "fsdp": FSDP2 | {key: given[name].lower() == "true" for key, name in names.items() if name in given}
+        }, where
+    return {"ddp": dict(DDP)}, where
+
+
+def _read_json(path: Path, where: str, hint: str) -> dict:
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror}{hint}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or not {"ddp", "fsdp", "zero_optimization"} & set(settings):
+        raise ValueError(f"{where}: needs the key zero_optimization (DeepSpeed), fsdp or ddp")
+    return settings

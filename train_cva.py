@@ -250,7 +250,10 @@ def publish(
         two = [0, share]  # the views of the first sample
         pair = {key: value[two].cpu() for key, value in batch.items()}
         rebuilt = outputs["reconstructed"][0, 0].cpu() if "reconstructed" in outputs else None
-        draw_report(output, pair, rebuilt, recipe.data.orientation, accelerator.device, step)
+        try:
+            draw_report(output, pair, rebuilt, recipe.data.orientation, accelerator.device, step)
+        except Exception as error:  # no picture is worth a run
+            warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
     accelerator.wait_for_everyone()
 
 

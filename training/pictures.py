@@ -88,7 +88,7 @@ def draw_alignment(
             row[0].set_title("the views share no cell", fontsize=9)
         centres = places[:, reached].mean(dim=2).numpy()  # [2, cells, 3]
         lowest, highest = (f(centres[0], axis=0, initial=s) for f, s in ((np.min, np.inf), (np.max, -np.inf)))
-        colours = 0.15 + 0.85 * (centres[0] - lowest) / np.maximum(highest - lowest, 1e-6)
+        colours = (0.15 + 0.85 * (centres[0] - lowest) / np.maximum(highest - lowest, 1e-6)).clip(0, 1)  # rounding
         pictures = [(plane, number) for plane in planes for number in (0, 1)]
         for cell, ((plane, axis), number) in zip(row, pictures):
             depth = centres[number][:, axis]

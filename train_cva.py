@@ -396,12 +396,14 @@ def main(arguments: argparse.Namespace) -> None:
             guard.saved()
             if stop and done < steps:
                 writer.wait()
+                del loader  # its processes end when it does
                 accelerator.print(f"stopped     at step {done} as asked; go on from there with --resume auto")
                 accelerator.end_training()
                 sys.exit(STOPPED)
             if done < steps:
                 publish(accelerator, model, stream, recipe, meta, output, done)
             metrics.leave_out(time.perf_counter() - started)
+    del loader
     metrics.bar.close()
     writer.wait()
     publish(accelerator, model, stream, recipe, meta, output, steps)

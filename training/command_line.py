@@ -12,12 +12,17 @@ DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
 def run(script: str, main: Callable[[], None]) -> None:
-    """Run `main`; an error of this project's own, or a disk's, is printed as one line, with exit code 2."""
+    """Run `main`; an error of this project's own, or a disk's, is printed as one line, with exit code 2.
+
+    Any other error is shown whole and ends the process at once: tidying up may wait for ranks that wait for this one.
+    """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not is_for_the_user(error):
-            raise
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)) or not is_for_the_user(error):
+            traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
             print(f"{Path(script).name}: {error}", file=sys.stderr)

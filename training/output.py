@@ -3,6 +3,7 @@
 import itertools
 import os
 import socket
+import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,6 +58,8 @@ def lock_output(output: Path, seconds: float = 20) -> FileLock:
     lock, holder = FileLock(output / ".lock"), output / ".running"
     try:
         lock.acquire(timeout=seconds)
+    except NotImplementedError:
+        warnings.warn(f"{output} is on a file system without locks: nothing keeps a second run out", stacklevel=2)
     except Timeout:
         by = holder.read_text() if holder.exists() else "another process"
         raise ValueError(

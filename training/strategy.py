@@ -62,6 +62,7 @@ def _from_config(path: Path) -> tuple[dict, str]:
     if launched:
         warnings.warn(f"--config {path} is used, not the {launched[0]} settings of accelerate launch", stacklevel=3)
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in launched})
+        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # Accelerate refuses them beside a plugin
     return _read_json(path, f"--config {path}", "; the files are in ds_configs/"), f"--config {path}"
 
 

@@ -1,0 +1,367 @@
+"""The files of cluster/ as they are, on two machines that are this one: real launchers, real kills, a Slurm made of
+three small scripts."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import BIN, ROOT, TINY, config, launch, model_state
+
+from training.checkpoints import newest_checkpoint
+from training.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+CLUSTER = ROOT / "cluster"
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")},
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PET_LOCAL_ADDR": "127.0.0.1",
+}
+STEPS = [*TINY, "train.steps=6"]
+
+
+def losses(output: Path) -> list[list[float]]:
+    keys = ("step", "loss", "reconstruction", "consistency", "contrastive", "grad_norm", "learning_rate")
+    return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl")]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a launcher and all that it started, which is in process groups of its own: a machine that is gone."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    process.kill()
+    for child in started:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+class Machines:
+    """Starts commands, each with a log; what still runs at the end is killed."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, []
+
+    def start(self, *command, name: str, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+        with open(self.folder / f"{name}.log", "a") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=cwd,
+                env=ENVIRONMENT | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def wait(self, condition: Callable[[], bool], *alive: subprocess.Popen, seconds: float = 100) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            assert all(process.poll() is None for process in alive), self.logs()
+            time.sleep(0.02)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-5000:]}" for path in sorted(self.folder.glob("*.log")))
+
+
+@pytest.fixture
+def machines(tmp_path):
+    machines = Machines(tmp_path)
+    yield machines
+    for process in machines.started:
+        if process.poll() is None:
+            kill(process)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, volumes) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    launch("--config", config("ddp"), "--data", volumes, "--output", output, *STEPS, ranks=2)
+    return output
+
+
+def test_a_machine_is_lost_and_comes_back(machines, undisturbed, volumes, tmp_path):
+    port, output = free_port(), tmp_path / "run"
+    arguments = ["--config", config("ddp"), "--data", volumes, "--output", output, *STEPS]
+    command = [CLUSTER / "torchrun.sh", f"127.0.0.1:{port}", 2, 1, "--", *arguments]
+    head = machines.start(*command, name="head")
+    machines.wait(lambda: listens(port), head)  # else the other one, which is to be lost, may become the head
+    other = machines.start(*command, name="other")
+    machines.wait((output / "checkpoints" / "step_2").exists, head, other)
+    kill(other)
+    assert not (output / "checkpoints" / "step_6").exists()
+    again = machines.start(*command, name="other")
+    machines.wait(lambda: again.poll() is not None and head.poll() is not None)
+    assert (head.returncode, again.returncode) == (0, 0), machines.logs()
+
+    log = (tmp_path / "head.log").read_text() + (tmp_path / "other.log").read_text()
+    assert "no complete checkpoint" in log  # the first start
+    assert re.search(r"resume +\S+/step_[24]\n", log)  # the second
+    assert newest_checkpoint(output / "checkpoints")[1]["engine"] == "DDP, 2 ranks on cpu"
+    assert losses(output) == losses(undisturbed)
+    resumed, whole = (model_state(folder / "checkpoints" / "step_6") for folder in (output, undisturbed))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_torchrun_sh_says_how_it_is_used():
+    done = subprocess.run([CLUSTER / "torchrun.sh", "node1", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: cluster/torchrun.sh HEAD[:PORT]")
+
+
+def test_the_accelerate_file_starts_two_machines(machines, undisturbed, volumes, tmp_path):
+    """The file, made smaller on the command line; --config alone brings DeepSpeed."""
+    port, output = free_port(), tmp_path / "run"
+    here = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    arguments = ["--config", config("zero2"), "--data", volumes, "--output", output, *STEPS, "train.steps=2"]
+
+    def start(rank):
+        options = ["--config_file", CLUSTER / "accelerate_2x8.yaml", "--rdzv_backend", "c10d", "--machine_rank", rank]
+        command = [BIN / "accelerate", "launch", *options, *here, ROOT / "train_cva.py", *arguments]
+        return machines.start(*command, name=f"machine{rank}")
+
+    first = start(0)
+    machines.wait(lambda: listens(port), first)
+    second = start(1)
+    machines.wait(lambda: first.poll() is not None and second.poll() is not None)
+    assert (first.returncode, second.returncode) == (0, 0), machines.logs()
+    assert newest_checkpoint(output / "checkpoints")[1]["engine"] == "DeepSpeed ZeRO-2, 2 ranks on cpu"
+    ours, expected = torch.tensor(losses(output)), torch.tensor(losses(undisturbed))
+    torch.testing.assert_close(ours[0, :6], expected[0, :6], rtol=2e-5, atol=1e-6)  # all but the learning rate
+
+
+# ------------------------------------------------------------------ Slurm
+
+SRUN = """
+# One task a node; signals to it go to the tasks; --kill-on-bad-exit=1 as hard as it may come.
+import os, signal, subprocess, sys
+import psutil
+command = sys.argv[1:]
+options = []
+while command[0].startswith("--"):
+    options.append(command.pop(0))
+assert "--kill-on-bad-exit=1" in options and f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}" in options
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+tasks = [
+    subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(n), "SLURM_PROCID": str(n)},
+                     preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1]))
+    for n in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
+]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+with open("tasks", "w") as file:
+    file.write(" ".join(str(task.pid) for task in tasks))
+code = 0
+for _ in tasks:
+    _, status = os.wait()
+    if status and not code:
+        code = os.waitstatus_to_exitcode(status) or 1
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+sys.exit(abs(code))
+"""
+
+SCONTROL = """
+import os, sys
+with open("scontrol.log", "a") as log:
+    print(*sys.argv[1:], file=log)
+if sys.argv[1:3] == ["show", "hostnames"]:
+    assert sys.argv[3] == "node[1-2]"
+    print("127.0.0.1\\n127.0.0.1")
+elif sys.argv[1:3] == ["show", "job"]:
+    print("   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
+"""
+
+# In place of train_cva.py, with its manners: a stop that one rank is asked for is agreed on, saved, and ends with 75.
+TRAINING = """
+import argparse, os, signal, sys, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--output", type=Path)
+parser.add_argument("--resume", choices=["auto"], required=True)
+parser.add_argument("--steps", type=int)
+parser.add_argument("--crash", type=int)
+arguments = parser.parse_args()  # a mistake: exit code 2
+
+asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: asked.append(number))
+import torch
+import torch.distributed as ranks
+ranks.init_process_group("gloo")
+rank, folder = ranks.get_rank(), arguments.output / "checkpoints"
+done = max((int(path.name[5:]) for path in folder.glob("step_*")), default=0)
+print(f"rank {rank} of {ranks.get_world_size()} on node {os.environ['SLURM_NODEID']}, from step {done}", flush=True)
+
+def save():
+    ranks.barrier()
+    if rank == 0:
+        (folder / f"step_{done}").mkdir(parents=True, exist_ok=True)
+    ranks.barrier()  # complete before any rank ends
+
+while done < arguments.steps:
+    time.sleep(0.02)
+    done += 1
+    if rank == 0:
+        arguments.output.mkdir(exist_ok=True)
+        (arguments.output / "step").write_text(str(done))
+    if done == arguments.crash:
+        raise RuntimeError("this crash")
+    stop = torch.tensor(len(asked))
+    ranks.all_reduce(stop)
+    if stop or done % 50 == 0 or done == arguments.steps:
+        save()
+    if stop:
+        sys.exit(75)
+"""
+
+
+class Slurm:
+    """A job of cluster/slurm.sbatch in `folder`, its marked lines edited, with a Slurm that is not one."""
+
+    def __init__(self, machines: Machines, folder: Path, nodes: int, *arguments):
+        self.machines, self.folder, self.output = machines, folder, folder / "run"
+        (folder / "bin").mkdir()
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+            (folder / "bin" / name).write_text(f"#!{sys.executable}\n{text}")
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "train_cva.py").write_text(TRAINING)
+        self.arguments, self.port_of_job = arguments, free_port()
+        self.environment = {
+            "PATH": f"{folder / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}",
+            # the script's port is 10000 + job % 20000: a job whose port is free
+            "SLURM_JOB_ID": str(self.job()),
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_GPUS_ON_NODE": "1",
+            "SLURM_CPUS_PER_TASK": "1",
+        }
+
+    @staticmethod
+    def job() -> int:
+        return next(number for number in range(os.getpid() * 7, 10**9) if not listens(10000 + number % 20000))
+
+    def start(self, **environment: str) -> subprocess.Popen:
+        text = (CLUSTER / "slurm.sbatch").read_text()
+        text, edits = re.subn(r"(?m)^output=.*$", f"output={self.output}", text)
+        text, more = re.subn(r"(?m)^arguments=.*$", f"arguments=({' '.join(map(str, self.arguments))})", text)
+        text, most = re.subn(r"(?m)^source .*$", "", text)
+        assert (edits, more, most) == (1, 1, 1)
+        script = self.folder / "job.sbatch"
+        script.write_text(text)
+        (self.folder / "step").unlink(missing_ok=True)
+        return self.machines.start("bash", script, name="job", cwd=self.folder, **(self.environment | environment))
+
+    def train_until(self, step: int, job: subprocess.Popen) -> None:
+        def reached():
+            text = (self.output / "step").read_text() if (self.output / "step").exists() else ""
+            return int(text or 0) >= step
+
+        self.machines.wait(reached, job)
+
+    def end(self, job: subprocess.Popen) -> int:
+        self.machines.wait(lambda: job.poll() is not None, seconds=60)
+        return job.returncode
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.output / "checkpoints").glob("step_*"))
+
+    def requeued(self) -> int:
+        return (self.folder / "scontrol.log").read_text().count(f"requeue {self.environment['SLURM_JOB_ID']}\n")
+
+    def log(self) -> str:
+        return (self.folder / "job.log").read_text()
+
+
+def test_slurm_before_the_time_limit_saves_and_queues_again_until_finished(machines, tmp_path):
+    slurm = Slurm(machines, tmp_path, 2, "--steps", 200)
+    job = slurm.start()
+    slurm.train_until(60, job)
+    job.send_signal(signal.SIGUSR1)
+    assert slurm.end(job) == 0, machines.logs()
+    assert {"rank 0 of 2", "rank 1 of 2"} == set(re.findall(r"rank . of .", slurm.log()))
+    assert {"on node 0", "on node 1"} == set(re.findall(r"on node .", slurm.log()))
+    first, stopped = slurm.checkpoints()
+    assert first == 50
+    assert 60 <= stopped < 200
+    assert slurm.requeued() == 1
+
+    job = slurm.start()
+    assert slurm.end(job) == 0, machines.logs()
+    assert f"from step {stopped}\n" in slurm.log()
+    assert slurm.log().endswith("slurm.sbatch: finished\n")
+    assert slurm.checkpoints()[-1] == 200
+    assert slurm.requeued() == 1
+
+
+def test_slurm_scancel_is_not_queued_again_but_preemption_is(machines, tmp_path):
+    slurm = Slurm(machines, tmp_path, 2, "--steps", 100000)
+    for step, preempted in ((10, "None"), (100, "2026-01-01T00:00:00")):
+        job = slurm.start(PREEMPTED=preempted)
+        slurm.train_until(step, job)
+        before = slurm.checkpoints()
+        for pid in [*map(int, (tmp_path / "tasks").read_text().split()), job.pid]:  # as Slurm does
+            os.kill(pid, signal.SIGTERM)
+        code = slurm.end(job)
+        assert len(slurm.checkpoints()) > len(before), machines.logs()
+        assert (code == 0, slurm.requeued()) == ((False, 0) if preempted == "None" else (True, 1)), machines.logs()
+
+
+def test_slurm_a_mistake_is_not_queued_again(machines, tmp_path):
+    slurm = Slurm(machines, tmp_path, 1, "--stepz", 10)
+    assert slurm.end(slurm.start()) != 0
+    assert "exitcode  : 2" in slurm.log()
+    assert "no new checkpoint: not queued again" in slurm.log()
+    assert slurm.requeued() == 0
+
+
+def test_slurm_a_crash_is_queued_again_only_after_progress(machines, tmp_path):
+    slurm = Slurm(machines, tmp_path, 1, "--steps", 200, "--crash", 60)
+    assert slurm.end(slurm.start()) == 0, machines.logs()
+    assert slurm.checkpoints() == [50]
+    assert slurm.requeued() == 1
+    assert slurm.end(slurm.start()) != 0
+    assert slurm.log().count("this crash") >= 2
+    assert slurm.requeued() == 1
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
+def test_bash_reads_the_scripts(name):
+    subprocess.run([shutil.which("bash"), "-n", CLUSTER / name], check=True)
+
+
+def test_slurm_reads_every_line_meant_for_it():
+    """sbatch stops looking at the first command."""
+    lines = (CLUSTER / "slurm.sbatch").read_text().splitlines()
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) < commands[0]

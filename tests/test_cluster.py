@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import BIN, ROOT, TINY, config, launch, model_state
+from conftest import BIN, ROOT, TINY, config, model_state
 
 from training.checkpoints import newest_checkpoint
 from training.metrics import read_metrics
@@ -29,7 +29,6 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "PET_LOCAL_ADDR": "127.0.0.1",
 }
-STEPS = [*TINY, "train.steps=6"]
 
 
 def losses(output: Path) -> list[list[float]]:
@@ -89,6 +88,15 @@ class Machines:
             assert all(process.poll() is None for process in alive), self.logs()
             time.sleep(0.02)
 
+    def wait_for_the_end(self, *processes: subprocess.Popen) -> None:
+        self.wait(lambda: all(process.poll() is not None for process in processes))
+        assert all(process.returncode == 0 for process in processes), self.logs()
+
+    def kill(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                kill(process)
+
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-5000:]}" for path in sorted(self.folder.glob("*.log")))
 
@@ -97,31 +105,37 @@ class Machines:
 def machines(tmp_path):
     machines = Machines(tmp_path)
     yield machines
-    for process in machines.started:
-        if process.poll() is None:
-            kill(process)
+    machines.kill()
+
+
+def start_two(machines: Machines, volumes: Path, output: Path) -> tuple[list, subprocess.Popen, subprocess.Popen]:
+    """The command of both machines, and both started."""
+    port = free_port()
+    arguments = ["--config", config("ddp"), "--data", volumes, "--output", output, *TINY, "train.steps=6"]
+    command = [CLUSTER / "torchrun.sh", f"127.0.0.1:{port}", 2, 1, "--", *arguments]
+    head = machines.start(*command, name="head")
+    machines.wait(lambda: listens(port), head)  # else the other one, which is to be lost, may become the head
+    return command, head, machines.start(*command, name="other")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, volumes) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    launch("--config", config("ddp"), "--data", volumes, "--output", output, *STEPS, ranks=2)
-    return output
+    machines = Machines(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        _, *both = start_two(machines, volumes, machines.folder / "run")
+        machines.wait_for_the_end(*both)
+    finally:
+        machines.kill()
+    return machines.folder / "run"
 
 
 def test_a_machine_is_lost_and_comes_back(machines, undisturbed, volumes, tmp_path):
-    port, output = free_port(), tmp_path / "run"
-    arguments = ["--config", config("ddp"), "--data", volumes, "--output", output, *STEPS]
-    command = [CLUSTER / "torchrun.sh", f"127.0.0.1:{port}", 2, 1, "--", *arguments]
-    head = machines.start(*command, name="head")
-    machines.wait(lambda: listens(port), head)  # else the other one, which is to be lost, may become the head
-    other = machines.start(*command, name="other")
+    output = tmp_path / "run"
+    command, head, other = start_two(machines, volumes, output)
     machines.wait((output / "checkpoints" / "step_2").exists, head, other)
     kill(other)
     assert not (output / "checkpoints" / "step_6").exists()
-    again = machines.start(*command, name="other")
-    machines.wait(lambda: again.poll() is not None and head.poll() is not None)
-    assert (head.returncode, again.returncode) == (0, 0), machines.logs()
+    machines.wait_for_the_end(head, machines.start(*command, name="other"))
 
     log = (tmp_path / "head.log").read_text() + (tmp_path / "other.log").read_text()
     assert "no complete checkpoint" in log  # the first start
@@ -143,7 +157,7 @@ def test_the_accelerate_file_starts_two_machines(machines, undisturbed, volumes,
     """The file, made smaller on the command line; --config alone brings DeepSpeed."""
     port, output = free_port(), tmp_path / "run"
     here = ["--num_processes", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    arguments = ["--config", config("zero2"), "--data", volumes, "--output", output, *STEPS, "train.steps=2"]
+    arguments = ["--config", config("zero2"), "--data", volumes, "--output", output, *TINY, "train.steps=2"]
 
     def start(rank):
         options = ["--config_file", CLUSTER / "accelerate_2x8.yaml", "--rdzv_backend", "c10d", "--machine_rank", rank]
@@ -152,9 +166,7 @@ def test_the_accelerate_file_starts_two_machines(machines, undisturbed, volumes,
 
     first = start(0)
     machines.wait(lambda: listens(port), first)
-    second = start(1)
-    machines.wait(lambda: first.poll() is not None and second.poll() is not None)
-    assert (first.returncode, second.returncode) == (0, 0), machines.logs()
+    machines.wait_for_the_end(first, start(1))
     assert newest_checkpoint(output / "checkpoints")[1]["engine"] == "DeepSpeed ZeRO-2, 2 ranks on cpu"
     ours, expected = torch.tensor(losses(output)), torch.tensor(losses(undisturbed))
     torch.testing.assert_close(ours[0, :6], expected[0, :6], rtol=2e-5, atol=1e-6)  # all but the learning rate
@@ -279,7 +291,7 @@ class Slurm:
         assert (edits, more, most) == (1, 1, 1)
         script = self.folder / "job.sbatch"
         script.write_text(text)
-        (self.folder / "step").unlink(missing_ok=True)
+        (self.output / "step").unlink(missing_ok=True)
         return self.machines.start("bash", script, name="job", cwd=self.folder, **(self.environment | environment))
 
     def train_until(self, step: int, job: subprocess.Popen) -> None:

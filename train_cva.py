@@ -63,6 +63,7 @@ from training.command_line import run
 from training.estimate import step_cost, step_inputs
 from training.export import preprocessing, write_run
 from training.guards import STOPPED, Guard, poison, skip_if_not_finite
+from training.heartbeat import start_heartbeat
 from training.metrics import Metrics, read_metrics
 from training.output import choose_output, lock_output
 from training.provenance import current_commit, versions
@@ -353,6 +354,7 @@ def main(arguments: argparse.Namespace) -> None:
     writer = Writer(output / "checkpoints", recipe.train.checkpoint_in_background)
     limits = recipe.train.max_skipped, recipe.train.checkpoint_minutes
     guard = Guard(accelerator, saved["skipped"], *limits, last_good=lambda: writer.newest)
+    end_heartbeat = start_heartbeat()
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     model.train()
     for step in range(first_step, steps):
@@ -397,6 +399,7 @@ def main(arguments: argparse.Namespace) -> None:
             if stop and done < steps:
                 writer.wait()
                 del loader  # its processes end when it does
+                end_heartbeat()
                 accelerator.print(f"stopped     at step {done} as asked; go on from there with --resume auto")
                 accelerator.end_training()
                 sys.exit(STOPPED)
@@ -407,6 +410,7 @@ def main(arguments: argparse.Namespace) -> None:
     metrics.bar.close()
     writer.wait()
     publish(accelerator, model, stream, recipe, meta, output, steps)
+    end_heartbeat()
     print_ending(accelerator, recipe.loss.weights(), output, time.perf_counter() - STARTED)
     accelerator.end_training()
 

@@ -1,0 +1,191 @@
+"""What keeps a run from being lost: locks, signals, dead ranks, clocks, trackers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, TINY, config, launch
+
+from training.checkpoints import complete_checkpoints
+from training.guards import Guard, poison, skip_if_not_finite
+from training.metrics import read_metrics
+from training.output import lock_output
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from training.output import lock_output
+lock = lock_output(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_output_is_for_one_run_at_a_time_and_free_after_a_kill(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on .*: stop that run"):
+            lock_output(tmp_path, seconds=0.1)
+    finally:
+        other.kill()
+        other.wait()
+    lock_output(tmp_path, seconds=5).release()
+
+
+# ------------------------------------------------------------------ steps that are not finite
+
+
+@pytest.mark.parametrize("value", [1.5, float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(value):
+    weight = torch.ones(2, requires_grad=True)
+    loss = weight.sum() + torch.tensor(value)  # its own gradient is finite
+    poison(loss).backward()
+    assert torch.equal(weight.grad, torch.ones(2) if value == 1.5 else torch.full((2,), torch.nan)) or (
+        value != 1.5 and weight.grad.isnan().all()
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_skipped_step_leaves_weights_and_moments_alone(kind):
+    def run(gradients):
+        weight = torch.nn.Parameter(torch.ones(3))
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        optimizer = kind([weight], lr=0.1, fused=True, **more)
+        for gradient in gradients:
+            weight.grad = torch.full((3,), gradient)
+            skip_if_not_finite(optimizer, torch.nn.utils.clip_grad_norm_([weight], 1.0))
+            optimizer.step()
+        return weight, optimizer.state[weight]
+
+    weight, state = run([1.0, float("nan"), 2.0, float("inf"), 3.0])
+    expected_weight, expected_state = run([1.0, 2.0, 3.0])
+    assert torch.equal(weight, expected_weight)
+    assert all(torch.equal(state[key], expected_state[key]) for key in state)
+
+
+def guard(**changes):
+    numbers = {"skipped": (0, 0), "most_in_a_row": 3, "minutes": 0.0, "last_good": lambda: "the last good one is X"}
+    return Guard(Accelerator(cpu=True), **numbers | changes)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_skipped_steps_are_counted_and_stop_after_some_in_a_row(capsys):
+    watched = guard()
+    samples, finite = torch.tensor([4, 5, 4, 5]), torch.tensor([True, False, True, True])
+    for step, norm in enumerate((1.0, torch.nan, torch.nan, 1.0, torch.inf, torch.nan), start=1):
+        watched.watch(samples, finite)
+        watched.end_step(step, torch.tensor(norm))
+    assert (watched.skipped, watched.in_a_row) == (3, 1)  # the last one is not read yet
+    watched.settle()
+    assert (watched.skipped, watched.in_a_row) == (4, 2)
+    watched.watch(samples, ~finite | True)
+    watched.end_step(7, torch.tensor(torch.nan))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* step 7: the last good one is X; lower"):
+        watched.settle()
+    said = capsys.readouterr().err
+    assert "step 2: loss or gradient is not finite; the encoder's features are not finite for samples [5]" in said
+    assert "step 7: loss or gradient is not finite; the encoder's features are finite for each of the samples" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_answered_after_the_step(number):
+    watched = guard()
+    assert not watched.end_step(1, 1.0).stop
+    os.kill(os.getpid(), number)
+    os.kill(os.getpid(), number)  # schedulers repeat themselves
+    assert not watched.end_step(2, 1.0).stop  # asked now, answered with the next step
+    assert watched.end_step(3, 1.0).stop
+
+
+def test_minutes_are_not_those_of_a_clock_that_can_be_set(monkeypatch):
+    watched, now = guard(minutes=1.0), time.monotonic()
+    for jump in (1e9, -1e9):
+        monkeypatch.setattr(time, "time", lambda jump=jump: jump)
+        watched.end_step(1, 1.0)
+        assert not watched.settle().save
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    watched.end_step(2, 1.0)
+    assert watched.settle().save
+    watched.saved()
+    watched.end_step(3, 1.0)
+    assert not watched.settle().save
+
+
+# ------------------------------------------------------------------ whole runs
+
+DIES = """
+import os, sys, time
+from training.heartbeat import start_heartbeat
+import torch.distributed as dist
+rank = int(sys.argv[1])
+os.environ["RANK"] = sys.argv[1]
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+end = start_heartbeat()
+if rank == 1 and sys.argv[3] == "dies":
+    time.sleep(1)
+    os._exit(3)
+if sys.argv[3] == "dies":
+    time.sleep(600)  # as a collective of a GPU would
+if rank == 1:
+    time.sleep(8)
+end()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "codes"), [("dies", [1, 3]), ("ends", [0, 0])])
+def test_a_rank_that_dies_takes_the_others_with_it(tmp_path, how, codes):
+    started = time.monotonic()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", DIES, str(rank), tmp_path / "store", how], cwd=ROOT, stderr=-1)
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == codes
+    assert ("rank 0: another rank is gone" in said[0]) == (how == "dies")
+    assert time.monotonic() - started < 60
+
+
+TROUBLE = """
+import itertools, sys, time
+from accelerate import Accelerator
+import train_cva
+
+real, jumps = time.time, itertools.cycle([1e9, -1e9])
+time.time = lambda: real() + next(jumps)
+
+def unreachable(*_, **__):
+    raise ConnectionError("no route to host")
+
+setattr(Accelerator, sys.argv.pop(1), unreachable)
+train_cva.main(train_cva.parse_arguments())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "said"), [("log", "stopped"), ("init_trackers", "could not be started")])
+def test_a_tracker_that_fails_and_a_clock_that_jumps_stop_nothing(tmp_path, volumes, call, said):
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+    numbers = [*TINY, "train.checkpoint_every=3", "train.log_every=2", "train.checkpoint_in_background=true"]
+    arguments = ["--config", config("ddp"), "--data", volumes, "--output", tmp_path / "run", *numbers]
+    done = launch(call, *arguments, script=tmp_path / "trouble.py")
+    assert f"the tracker {said} (no route to host)" in done.stderr
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
+    assert [p.name for p in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_3", "step_4"]

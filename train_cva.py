@@ -60,6 +60,7 @@ from models.warm_start import load_pretrained
 from training.banner import print_banner, print_ending, say_what_is_default
 from training.checkpoints import Writer, load, newest_checkpoint
 from training.command_line import run
+from training.dry_run import dry_run
 from training.estimate import step_cost, step_inputs
 from training.export import preprocessing, write_run
 from training.guards import STOPPED, Guard, poison, skip_if_not_finite
@@ -111,6 +112,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", choices=["auto"], help="go on from the newest complete checkpoint in OUTPUT")
     parser.add_argument("--wandb", action="store_true", help="track with Weights & Biases instead of TensorBoard")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell memory, communication and time, check what can fail late, and end"
+    )
+    parser.add_argument("--ranks", type=int, help="of --dry-run: for so many (default: those that were launched)")
+    parser.add_argument("--tflops", type=float, help="of --dry-run: what a rank reaches (default: measured here)")
     parser.add_argument("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
     return parser.parse_intermixed_args(arguments)
 
@@ -261,10 +267,22 @@ def publish(
 # --------------------------------------------------------------------------- the run
 
 
+def show_plan(arguments: argparse.Namespace, recipe: Recipe, settings: dict) -> bool:
+    """What the run would take; whether all is ready for it."""
+    ranks = arguments.ranks or int(os.environ.get("WORLD_SIZE", 1))
+    model = build_model(recipe)
+    cost = step_cost(model, step_inputs(recipe, max(1, recipe.train.batch_size // (ranks * recipe.train.accumulate))))
+    output = choose_output(arguments.output, recipe, resume=bool(arguments.resume))
+    places = arguments.data, arguments.prepared or output / "prepared", output
+    return dry_run(recipe, settings, model, cost, ranks, *places, arguments.wandb, arguments.tflops)
+
+
 def main(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe or HERE / "recipes" / "demo.yaml", arguments.overrides)
-    recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
     settings = read_strategy(arguments.config)
+    if arguments.dry_run:
+        sys.exit(0 if os.environ.get("RANK", "0") != "0" or show_plan(arguments, recipe, settings) else 1)
+    recipe.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
     if recipe.train.log_gradients and shards_weights(settings):
         raise ValueError(
             f"train.log_gradients needs whole weights on each rank, which {arguments.config or 'FSDP'} does not give"
@@ -316,7 +334,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     # optimiser
     optimizer = build_optimizer(model, recipe)
-    print_banner(accelerator, model, cost, recipe, output)
+    print_banner(accelerator, model, cost, recipe, settings, output)
     model, optimizer = accelerator.prepare(model, optimizer)
     cva: ConsistentViewAlignment = accelerator.unwrap_model(model)
 

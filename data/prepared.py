@@ -39,8 +39,13 @@ def prepare_volumes(
     return good, bad
 
 
+def prepared_file(path: Path, folder: Path, orientation: str, spacing: tuple[float, float, float]) -> Path:
+    """Where `prepare_volumes` keeps a volume."""
+    return folder / f"{path.name.split('.nii')[0]}-{_key(path, orientation, spacing)}.npy"
+
+
 def _prepare(path: Path, folder: Path, orientation: str, spacing: tuple) -> tuple[Path | None, str | None]:
-    file = folder / f"{path.name.split('.nii')[0]}-{_key(path, orientation, spacing)}.npy"
+    file = prepared_file(path, folder, orientation, spacing)
     if file.exists():
         return file, None
     try:

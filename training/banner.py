@@ -2,16 +2,17 @@
 
 import math
 import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from models import ConsistentViewAlignment
 
-from .checkpoints import KEEP, complete_checkpoints
+from .late_checks import check_room
 from .metrics import read_metrics
+from .plan import checkpoint_bytes, elements, memory, weights_of
 from .recipe import Recipe
 from .runtime import describe_engine
 
@@ -34,13 +35,19 @@ def say_what_is_default(recipe_given: bool, data_given: bool) -> None:
 
 
 def print_banner(
-    accelerator: Accelerator, model: ConsistentViewAlignment, cost: dict[str, float], recipe: Recipe, output: Path
+    accelerator: Accelerator,
+    model: ConsistentViewAlignment,
+    cost: dict[str, Any],
+    recipe: Recipe,
+    settings: dict,
+    output: Path,
 ) -> None:
     """Print the derived numbers.
 
     Args:
         model: not yet wrapped.
         cost: of one rank's share of a micro-batch (`step_cost`).
+        settings: of the strategy (`read_strategy`).
 
     Raises:
         ValueError: if the disk has no room for the checkpoints.
@@ -48,19 +55,11 @@ def print_banner(
     ranks, batch, crop = accelerator.num_processes, recipe.train.batch_size, recipe.views.crop_size
     accumulate = recipe.train.accumulate
     views = 2 * batch // (ranks * accumulate)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    teacher = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    weights = weights_of(model)
+    trained, teacher = elements(weights)
     encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
-    plugin = accelerator.state.deepspeed_plugin
-    copies = {"adamw": 2, "sgd": 1}[recipe.optimizer.name] + (1 if plugin else 0)  # DeepSpeed keeps its own weights
-    moments = copies * trained
-    stage = plugin.zero_stage if plugin else 3 if accelerator.distributed_type == DistributedType.FSDP else 0
-    parts = (
-        (trained + teacher, 3),
-        (trained, 2),
-        (moments, 1),
-    )  # weights, gradients, moments: sharded from which stage
-    states = sum(4 * size / (ranks if stage >= sharded_from else 1) for size, sharded_from in parts)
+    parts = memory(weights, recipe, settings, ranks, cost["timeline"])
+    activations = parts["activations"]
     blocks = math.prod(crop) // recipe.mask.block**3
     tokens = "tokens" if recipe.model.architecture == "primus" else "blocks"
     lines = {
@@ -72,23 +71,12 @@ def print_banner(
         f"{f' in each of {accumulate} micro-batches' if accumulate > 1 else ''}; "
         f"{blocks} {tokens} a view, {int(recipe.mask.ratio * blocks)} of them masked",
         "cost": f"{cost['flops'] * ranks * accumulate / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
-        "memory": f"about {(states + cost['activation_bytes']) / 1e9:.2f} GB a rank: weights, gradients and optimiser "
-        f"{states / 1e9:.2f}, activations {cost['activation_bytes'] / 1e9:.2f}",
+        "memory": f"about {parts['total'] / 1e9:.2f} GB a rank: weights, gradients and optimiser "
+        f"{(parts['total'] - activations) / 1e9:.2f}, activations {activations / 1e9:.2f}; --dry-run shows more",
     }
     for key, value in lines.items():
         accelerator.print(f"{key:<11} {value}")
-    _check_room(output, 4 * (trained + teacher + moments))
-
-
-def _check_room(output: Path, checkpoint: int) -> None:
-    free = shutil.disk_usage(output).free
-    needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(output / "checkpoints")))
-    if free < needed:
-        raise ValueError(
-            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps "
-            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one; "
-            "free some or choose another folder"
-        )
+    check_room(output, checkpoint_bytes(weights, recipe))
 
 
 def print_ending(accelerator: Accelerator, terms: Collection[str], output: Path, seconds: float) -> None:

@@ -1,0 +1,257 @@
+"""The plan against what is really allocated and sent."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, config
+
+import train_cva
+from benchmarks.memory import compare
+from training.dry_run import measured_tflops, print_plan, seconds_a_step
+from training.estimate import random_batch, step_cost, step_inputs
+from training.plan import (
+    PARTS,
+    Weight,
+    communication,
+    elements,
+    fsdp2_shard,
+    memory,
+    weights_of,
+    zero3_shard,
+    zero_partition,
+    zero_touched,
+)
+from training.recipe import load_recipe
+from training.strategy import read_strategy
+
+DEMO = ROOT / "recipes" / "demo.yaml"
+RESENC = ["model={architecture: resenc, hidden_sizes: [8, 16, 32], strides: [1, 2, 2], depths: [1, 1, 1]}"]
+RESENC += ["mask.block=16"]
+SMALL = ["views.crop_size=[32,32,32]", "views.cells=[3,3,3]"]
+NARROW = [*SMALL, "model.hidden_size=384"]  # 76 MB of weights, 22 MB of activations
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_memory_of_two_ranks(name, tmp_path):
+    settings = json.loads(config(name).read_text())
+    if "zero_optimization" in settings:  # so that the buckets do not drown the rest
+        settings["zero_optimization"]["reduce_bucket_size"] = 3_000_000
+    if name == "zero3":  # nor what is gathered ahead
+        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = 2_000_000
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    precision = "train.precision=bf16" if name in ("zero2", "fsdp2") else "train.precision=fp32"
+    numbers = [*NARROW, "train.batch_size=2", precision]
+    found = compare(tmp_path / "config.json", DEMO, numbers, ranks=2)
+    assert found["predicted"]["total"] == pytest.approx(found["measured"], rel=0.15), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpointing):
+    """Nothing is computed for the prediction; the profiler's record of every tensor is what it is held against."""
+    numbers = [*SMALL, *(["model.hidden_size=96"] if architecture == "primus" else RESENC)]
+    numbers += [f"train.precision={precision}", f"train.gradient_checkpointing={checkpointing}"]
+    recipe = load_recipe(DEMO, numbers)
+    model = train_cva.build_model(recipe).train()
+    inputs = step_inputs(recipe, 4)
+    cost = step_cost(model, inputs)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(**random_batch(inputs, recipe.mask.ratio, torch.device("cpu")))["loss"].backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    measured = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max().item()
+    assert max(done + rest for done, rest in cost["timeline"]) == pytest.approx(measured, rel=0.1)
+    complete = sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
+    assert cost["timeline"][-1][0] == complete  # gradients are told apart from the rest
+    assert cost["activation_bytes"] > 0
+
+
+def test_checkpointing_lowers_the_peak():
+    peaks = []
+    for switch in (False, True):
+        recipe = load_recipe(DEMO, [*SMALL, f"train.gradient_checkpointing={switch}"])
+        peaks.append(step_cost(train_cva.build_model(recipe), step_inputs(recipe, 2))["peak_bytes"])
+    assert peaks[1] < 0.9 * peaks[0]
+
+
+SHARDS = """
+import json, os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+def network():
+    return nn.Sequential(nn.Linear(301, 130), nn.Linear(130, 7), nn.Conv3d(3, 65, 3), nn.LayerNorm(5))
+
+found = []
+for ranks in (64, 512, 4096):
+    for rank in (0, ranks // 2, ranks - 1):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        model = fully_shard(network(), mesh=init_device_mesh("cpu", (ranks,)))
+        row = {"ranks": ranks, "rank": rank}
+        row["fsdp2"] = sum(p._local_tensor.untyped_storage().nbytes() for p in model.parameters())
+        for stage in (2, 3):
+            model = network()
+            zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+            settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+            settings["zero_allow_untested_optimizer"] = True
+            optimizer = torch.optim.AdamW(model.parameters())
+            _, optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+            if stage == 2:
+                row["zero2"] = optimizer.single_partition_of_fp32_groups[0].numel()
+                row["zero2 whole"] = optimizer.bit16_groups_flat[0].numel()
+                row["zero2 touched"] = sum(p.numel() for p in optimizer.params_in_partition[0])
+            else:
+                row["zero3"] = sum(p.ds_tensor.numel() for p in model.parameters())
+        found.append(row)
+        dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
+print("found", json.dumps(found))
+"""
+
+
+def test_shards_of_thousands_of_ranks():
+    """Exactly what the libraries themselves allocate, as one rank of a group that only pretends to communicate."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", SHARDS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = next(line for line in done.stdout.splitlines() if line.startswith("found "))
+    shapes = [(130, 301), (130,), (7, 130), (7,), (65, 3, 3, 3, 3), (65,), (5,), (5,)]
+    weights = [Weight(shape, True, "") for shape in shapes]
+    for row in json.loads(answer.removeprefix("found ")):
+        ranks = row["ranks"]
+        share = zero_partition(elements(weights)[0], ranks)
+        assert row["fsdp2"] == 4 * sum(fsdp2_shard(w, ranks) for w in weights)
+        assert (row["zero2"], row["zero2 whole"]) == (share, share * ranks)
+        assert row["zero3"] == sum(zero3_shard(w, ranks) for w in weights)
+        assert row["zero2 touched"] == zero_touched(weights, ranks)[row["rank"]]
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_what_more_ranks_and_offloading_save(name):
+    recipe, settings = load_recipe(DEMO, NARROW), read_strategy(config(name))
+    model = train_cva.build_model(recipe)
+    weights, timeline = weights_of(model), [(0, 1e6)]
+    trained, teacher = elements(weights)
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert teacher == sum(p.numel() for p in model.teacher.parameters())
+    few, many = (memory(weights, recipe, settings, ranks, timeline) for ranks in (2, 64))
+    for parts in (few, many):
+        assert parts["total"] == sum(parts[part] for part in PARTS)
+        assert parts["host"] == 0
+    ratio = many["optimiser"] / few["optimiser"]
+    assert ratio == 1 if name == "ddp" else ratio == pytest.approx(2 / 64, rel=1)  # padding
+    assert (few["teacher"] == 4 * teacher) == (name in ("ddp", "zero1", "zero2"))
+    if name == "ddp":
+        return
+    for section, change in {
+        "fsdp": {"cpu_offload": True},
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+    }.items():
+        if section in settings:
+            away = memory(weights, recipe, {section: {**settings[section], **change}}, 2, timeline)
+            assert away["optimiser"] == 0
+            assert away["host"] >= few["optimiser"]
+            assert away["total"] < few["total"]
+
+
+# ------------------------------------------------------------------ communication and time
+
+
+HEADS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import train_cva
+from training.estimate import random_batch, step_inputs
+from training.recipe import load_recipe
+
+ranks, sent = 4, 0
+recipe = load_recipe(train_cva.HERE / "recipes" / "demo.yaml", sys.argv[1:])
+model = train_cva.build_model(recipe)
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+def all_gather(gathered, tensor):
+    global sent
+    sent += (ranks - 1) * tensor.nbytes * tensor.is_floating_point()
+    for place in gathered:
+        place.copy_(tensor)
+
+def all_reduce(tensor):
+    global sent
+    sent += 2 * (ranks - 1) / ranks * tensor.nbytes
+
+dist.all_gather, dist.all_reduce = all_gather, all_reduce
+per_rank = recipe.train.batch_size // ranks
+model(**random_batch(step_inputs(recipe, per_rank), recipe.mask.ratio, torch.device("cpu")))["loss"].backward()
+print("sent", sent)
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["loss.consistency=c_cva"]])
+def test_what_the_heads_send(more):
+    """Counted at the calls of a step."""
+    numbers = [*TINY, *more]
+    command = [sys.executable, "-c", HEADS, *numbers]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted = float(next(line for line in done.stdout.splitlines() if line.startswith("sent ")).split()[1])
+    recipe = load_recipe(DEMO, numbers)
+    weights = weights_of(train_cva.build_model(recipe))
+    assert communication(weights, recipe, {"ddp": {}}, 4)["heads"] == counted
+
+
+def test_communication_by_strategy():
+    recipe = load_recipe(DEMO, NARROW)
+    weights = weights_of(train_cva.build_model(recipe))
+    trained, teacher = (4 * n for n in elements(weights))
+
+    def sent(name, ranks, accumulate=1):
+        settings = read_strategy(config(name))
+        train = recipe.train.model_copy(update={"accumulate": accumulate})
+        kinds = communication(weights, recipe.model_copy(update={"train": train}), settings, ranks)
+        return {kind: size for kind, size in kinds.items() if kind != "heads"}
+
+    for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        assert set(sent(name, 1).values()) == {0}
+    assert sent("ddp", 2) == {"gradients, all-reduce": trained}
+    assert sent("zero2", 2) == pytest.approx({"gradients, all-reduce": trained, "parameters, all-gather": trained / 2})
+    assert sent("zero1", 2, accumulate=4) == sent("zero1", 2)
+    assert sent("zero2", 2, accumulate=4)["gradients, all-reduce"] == 4 * trained
+    assert sent("zero3", 2)["parameters, all-gather"] == pytest.approx((trained + teacher) / 2, rel=1e-3)
+    assert sent("fsdp2", 2)["gradients, reduce-scatter"] == pytest.approx(trained / 2, rel=1e-2)  # padded rows
+    assert trained + teacher < 2 * sent("fsdp2", 2)["parameters, all-gather"] < 2 * trained + teacher
+
+
+def test_time(capsys):
+    assert seconds_a_step(flops=2e12, accumulate=3, tflops=100) == pytest.approx(0.06)
+    recipe = load_recipe(DEMO, TINY)
+    model, device = train_cva.build_model(recipe), torch.device("cpu")
+    assert 0 < measured_tflops(model, recipe, step_cost(model, step_inputs(recipe, 1))["flops"], device) < 100
+    assert measured_tflops(model, recipe, 1e15, device) is None
+    parts = {**dict.fromkeys((*PARTS, "total"), 1e9), "host": 2e9}
+    print_plan(recipe, 8, parts, {"gradients, all-reduce": 3e9}, 36e12, 100, "given by --tflops")
+    shown = capsys.readouterr().out
+    assert [line.split()[-1] for line in shown.splitlines() if "seconds a step" in line] == ["0.360"]
+    print_plan(recipe, 8, parts, {}, 36e12, None, "")
+    assert "give --tflops" in capsys.readouterr().out

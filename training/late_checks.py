@@ -1,0 +1,203 @@
+"""What would fail hours into a run, tried before it starts: each check is one line, with the remedy if it fails."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import nibabel as nib
+import psutil
+import torch
+
+from data.demo import demo_volume
+from data.nifti import find_volumes
+from data.prepared import prepared_file
+
+from .checkpoints import KEEP, complete_checkpoints
+from .plan import Parts, Weight, checkpoint_bytes
+from .recipe import Recipe
+
+SHOWN = 3  # bad files that are named
+
+
+def check_late_failures(
+    recipe: Recipe,
+    weights: list[Weight],
+    settings: dict,
+    ranks: int,
+    memory: Parts,
+    data: Path | None,
+    prepared: Path,
+    output: Path,
+    wandb: bool,
+) -> bool:
+    """Print one line a check, "ok ..." or "FAILS ..."; whether all passed.
+
+    Args:
+        memory: what `plan.memory` returned.
+        data: the folder of --data; None for the demo.
+        prepared, output: folders of the run, which need not exist.
+        wandb: whether Weights & Biases is to track the run.
+    """
+    try:
+        paths = find_volumes(data) if data else [demo_volume()]
+    except (ValueError, OSError) as error:
+        paths, missing = [], str(error)
+    checks: list[Callable[[], str]] = [
+        lambda: check_batch(recipe, ranks),
+        lambda: check_data(paths, recipe) if paths else _fail(missing),
+        lambda: check_writable(output, "--output"),
+        lambda: check_writable(prepared, "--prepared"),
+        lambda: check_disk(output, prepared, paths, recipe, checkpoint_bytes(weights, recipe)),
+        lambda: check_tracker(wandb),
+        lambda: check_device_memory(memory),
+        lambda: check_host_memory(memory, ranks),
+    ]
+    passed = True
+    for check in checks:
+        try:
+            print(f"ok          {check()}")
+        except (ValueError, OSError) as error:
+            print(f"FAILS       {error}")
+            passed = False
+    return passed
+
+
+def _fail(message: str) -> str:
+    raise ValueError(message)
+
+
+def check_batch(recipe: Recipe, ranks: int) -> str:
+    recipe.check_ranks(ranks)
+    return f"the batch of {recipe.train.batch_size} divides over {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def check_data(paths: list[Path], recipe: Recipe) -> str:
+    """Open the header of every file; voxels are first read when the run prepares them."""
+    bad = [path for path in paths if _shape(path) is None]
+    named = ", ".join(str(path) for path in bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+    if len(bad) > recipe.data.max_bad_share * len(paths):
+        raise ValueError(
+            f"{len(bad)} of {len(paths)} files are not readable 3D volumes, more than data.max_bad_share="
+            f"{recipe.data.max_bad_share:g}: mend or remove them, or raise data.max_bad_share ({named})"
+        )
+    return f"{len(paths)} headers read, {len(bad)} bad{f', left out: {named}' if bad else ''}"
+
+
+def _shape(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Voxels and spacing in mm of a 3D volume, from its header; None if it is none."""
+    try:
+        header = nib.load(path).header
+        shape = header.get_data_shape()
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        return (shape, header.get_zooms()[:3]) if len(shape) == 3 and min(shape) > 1 else None
+    except Exception:  # nibabel, gzip and zlib each fail in their own way
+        return None
+
+
+def check_writable(folder: Path, argument: str) -> str:
+    """Write a small file where the folder is or will be, and remove it."""
+    place = _existing(folder)
+    trial = place / f".trial-{uuid.uuid4().hex}"
+    try:
+        with open(trial, "wb") as stream:
+            stream.write(b"\0" * 4096)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"{argument} {folder} cannot be written ({error.strerror}): choose another folder, or mend its permissions"
+        ) from None
+    finally:
+        trial.unlink(missing_ok=True) if place.is_dir() else None
+    return f"{folder} can be written"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists: the disk it will be on."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def check_room(output: Path, checkpoint: int, more: float = 0) -> str:
+    """Raise ValueError unless the disk holds the checkpoints of `checkpoint` bytes that a run keeps, and `more`."""
+    free = shutil.disk_usage(_existing(output)).free
+    needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(output / "checkpoints"))) + more
+    if free < needed:
+        raise ValueError(
+            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps "
+            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one"
+            f"{f', and prepares {more / 1e9:.1f} GB of volumes' if more else ''}; free some or choose another folder"
+        )
+    return f"{free / 1e9:.1f} GB free for {needed / 1e9:.1f} GB of checkpoints{' and volumes' if more else ''}"
+
+
+def check_disk(output: Path, prepared: Path, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
+    volumes = sum(_prepared_bytes(path, prepared, recipe) for path in paths)
+    if _existing(output).stat().st_dev == _existing(prepared).stat().st_dev:
+        return check_room(output, checkpoint, volumes)
+    free = shutil.disk_usage(_existing(prepared)).free
+    if free < volumes:
+        raise ValueError(
+            f"--prepared {prepared}: {free / 1e9:.1f} GB free on its disk, {volumes / 1e9:.1f} GB needed for prepared "
+            "volumes: free some or choose another folder"
+        )
+    return check_room(output, checkpoint)
+
+
+def _prepared_bytes(path: Path, folder: Path, recipe: Recipe) -> float:
+    """At most: a volume is cropped to its non-zero box first. 0 if it is prepared already, or cannot be."""
+    found = _shape(path)
+    if found is None or prepared_file(path, folder, recipe.data.orientation, recipe.data.spacing).exists():
+        return 0.0
+    voxels = 1.0
+    for size, old in zip(*found):
+        voxels *= size * float(old)  # mm
+    for new in recipe.data.spacing:
+        voxels /= new
+    return 4 * voxels
+
+
+def check_tracker(wandb: bool) -> str:
+    """Nothing is sent: the key is only looked for where wandb itself would look."""
+    if not wandb:
+        if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
+            raise ValueError("TensorBoard is not installed: pip install tensorboard")
+        return "TensorBoard is installed"
+    if find_spec("wandb") is None:
+        raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
+    import wandb as library
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return f"Weights & Biases is {os.environ['WANDB_MODE']}"
+    if not library.api.api_key:
+        raise ValueError("--wandb: no API key is found: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+    return "Weights & Biases is installed and has an API key"
+
+
+def check_device_memory(memory: Parts) -> str:
+    if not torch.cuda.is_available():
+        return f"{memory['total'] / 1e9:.2f} GB a rank; there is no GPU here to hold it against"
+    there = torch.cuda.get_device_properties(0).total_memory
+    if memory["total"] > there:
+        raise ValueError(
+            f"{memory['total'] / 1e9:.1f} GB a rank, the GPU has {there / 1e9:.1f}: set train.gradient_checkpointing="
+            "true, raise train.accumulate, or take more ranks"
+        )
+    return f"{memory['total'] / 1e9:.1f} of the GPU's {there / 1e9:.1f} GB"
+
+
+def check_host_memory(memory: Parts, ranks: int) -> str:
+    if not memory["host"]:
+        return "nothing is offloaded to the host"
+    here = min(ranks, torch.cuda.device_count() or ranks)  # ranks that share this node
+    needed, free = here * memory["host"], psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{needed / 1e9:.1f} GB of the host are needed to offload {here} ranks, {free / 1e9:.1f} GB are free: "
+            "offload less in --config, or take more nodes"
+        )
+    return f"{needed / 1e9:.1f} GB offloaded, {free / 1e9:.1f} GB of the host are free"

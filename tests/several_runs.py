@@ -1,7 +1,7 @@
 """Run train_cva.py several times in one set of processes, which saves the imports: `several_runs.py RUNS.json`.
 
-Each run of the list has `arguments`, and may have `stop_at` (the last rank gets SIGTERM in this step), `poison` (sample
-numbers whose views become NaN) and `after` (python code to execute when it is over, with `output` the folder).
+Each run of the list has `arguments`, and may have `stop_at` (the last rank gets SIGTERM in this step) and `poison`
+(sample numbers whose views become NaN).
 """
 
 import json
@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import train_cva
 
-make_batch, learning_rate, step_cost = train_cva.make_batch, train_cva.learning_rate, train_cva.step_cost
+make_batch, learning_rate = train_cva.make_batch, train_cva.learning_rate
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run has the same ranks
 
 
@@ -65,4 +65,3 @@ if __name__ == "__main__":
         code = run(planned["arguments"], planned.get("stop_at"), planned.get("poison", []))
         if os.environ["RANK"] == "0":
             print(f"run {number} exit {code}", flush=True)
-            exec(planned.get("after", ""), {"code": code})

@@ -18,8 +18,8 @@ from conftest import (
     launch,
     model_state,
     save_nifti,
+    whole_state,
 )
-from safetensors.torch import load_file
 
 import train_cva
 from models import ResEncModel
@@ -39,11 +39,6 @@ def run_here(*arguments):
 def losses(output):
     keys = ("step", "loss", "reconstruction", "consistency", "contrastive", "grad_norm", "learning_rate")
     return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl")]
-
-
-def gradient_norms(output):
-    terms = ("reconstruction", "consistency", "contrastive")
-    return [[record[f"gradient_of_{term}"] for term in terms] for record in read_metrics(output / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -85,70 +80,31 @@ def test_what_a_run_leaves_behind(runs):
         }
 
 
-FSDP_ON_CPU = """
-from accelerate import DistributedType, PartialState
-PartialState(cpu=True)  # Accelerate offers FSDP to GPUs only; these two lines let a test have it on a CPU
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-import train_cva
-train_cva.step_cost = lambda *_: {"flops": 0, "activation_bytes": 0}  # is counted without the group made above
-train_cva.main(train_cva.parse_arguments())
-"""
-
-
-def test_all_engines_agree_and_resume(tmp_path, volumes):
-    """Same losses, gradient norms and exported encoder, to float tolerance, whatever holds the shards."""
-    numbers = [*TINY, "model.drop_path_rate=0", "train.steps=2", "train.checkpoint_every=1"]  # ranks draw drop-path
-    numbers += ["train.accumulate=2"]
-    (tmp_path / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
-
-    def run(name, *more):
-        script = tmp_path / "fsdp_on_cpu.py" if name == "fsdp2" else ROOT / "train_cva.py"
-        launcher = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"] if name == "zero2" else None
-        arguments = ["--config", config(name), "--data", volumes, "--output", tmp_path / name, *numbers, *more]
-        return launch(*arguments, ranks=2, script=script, launcher=launcher)
-
-    for name in ("ddp", "zero2", "zero1", "zero3", "fsdp2"):
-        run(name, *["train.log_gradients=true"] * (name in ("ddp", "zero2")))
-    expected = torch.tensor(losses(tmp_path / "ddp"))
-    weights = load_file(tmp_path / "ddp" / "encoder" / "model.safetensors")
-    for name in ("zero1", "zero2", "zero3", "fsdp2"):
-        torch.testing.assert_close(torch.tensor(losses(tmp_path / name)), expected, rtol=2e-5, atol=1e-6)
-        other = load_file(tmp_path / name / "encoder" / "model.safetensors")
-        assert other.keys() == weights.keys()
-        for key in weights:
-            torch.testing.assert_close(other[key], weights[key], rtol=0, atol=1e-4)
-
-    pulls = [torch.tensor(gradient_norms(tmp_path / name)) for name in ("ddp", "zero2")]
-    torch.testing.assert_close(*pulls, rtol=1e-4, atol=0)
-
-    for name in ("zero3", "fsdp2"):
-        before, encoder = losses(tmp_path / name), load_file(tmp_path / name / "encoder" / "model.safetensors")
-        shutil.rmtree(tmp_path / name / "checkpoints" / "step_2")
-        run(name, "--resume", "auto")
-        assert losses(tmp_path / name) == before
-        again = load_file(tmp_path / name / "encoder" / "model.safetensors")
-        assert all(torch.equal(again[key], encoder[key]) for key in encoder)
-
-
 @pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("ddp", 1)])
 def test_two_and_two_steps_equal_four(runs, volumes, tmp_path, name, ranks):
     output = tmp_path / "run"
     shutil.copytree(runs / name, output)
-    shutil.rmtree(output / "checkpoints" / "step_4")
     shutil.rmtree(output / "encoder")
-    (output / "checkpoints" / "tmp-step_4").mkdir()  # as a kill would leave it
+    if name == "zero2":
+        (output / "checkpoints" / "step_4").rename(output / "checkpoints" / "tmp-step_4")  # as a kill would leave it
+    else:
+        state = output / "checkpoints" / "step_4" / "state_0.safetensors"
+        state.write_bytes(state.read_bytes()[:-100])
     done = launch(
         "--config", config(name), "--data", volumes, "--output", output, "--resume", "auto", *TINY, ranks=ranks
     )
-    assert "tmp-step_4 is incomplete and is ignored" in done.stderr
+    said = "tmp-step_4 is incomplete and is ignored" if name == "zero2" else (
+        "step_4 is damaged (state_0.safetensors not as written): kept as"
+    )  # fmt: skip
+    assert said in done.stderr
+    assert f"resume      {output / 'checkpoints' / 'step_2'}" in done.stdout
     assert losses(output) == losses(runs / name)
-    resumed, whole = (model_state(folder / "checkpoints" / "step_4") for folder in (output, runs / name))
+    resumed, whole = (whole_state(folder / "checkpoints" / "step_4") for folder in (output, runs / name))
     assert resumed.keys() == whole.keys()
-    teacher = [key for key in whole if key.startswith("teacher.")]
-    assert teacher
     for key in whole:
         assert torch.equal(resumed[key], whole[key]), key
-    student = "student.features.encoder.patch_embed.weight"
+    assert {"state_0.own.random.cpu", "exp_avg_sq.predictor.0.weight"} <= whole.keys()
+    student = "model.student.features.encoder.patch_embed.weight"
     assert not torch.equal(whole[student], whole[student.replace("student", "teacher")])
 
 
@@ -176,7 +132,8 @@ def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name, ranks):
     launch("--config", config(name), "--data", volumes, "--output", tmp_path / "run", *numbers, ranks=ranks)
     before = train_cva.build_model(load_recipe(DEMO, numbers)).state_dict()
     after = model_state(tmp_path / "run" / "checkpoints" / "step_1")
-    moved = sum((after[k] - before[k]).double().square().sum() for k in before if not k.startswith("teacher.")) ** 0.5
+    moves = (after[k] - before[k].flatten() for k in before if not k.startswith("teacher."))
+    moved = sum(move.double().square().sum() for move in moves) ** 0.5
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["grad_norm"] > 4
     assert moved.item() == pytest.approx(0.01 * 3.0, rel=1e-3)
 
@@ -261,7 +218,7 @@ def test_a_machine_without_git(monkeypatch):
     assert train_cva.current_commit() is None
 
 
-def test_other_data_or_ranks_cannot_resume(runs, volumes, tmp_path):
+def test_other_data_cannot_resume(runs, volumes, tmp_path):
     shutil.copytree(volumes, tmp_path / "data")
     save_nifti(tmp_path / "data" / "a.nii", blobs(9, (41, 44, 36)))  # same name, other volume
     output = tmp_path / "run"
@@ -269,8 +226,6 @@ def test_other_data_or_ranks_cannot_resume(runs, volumes, tmp_path):
     common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]
     done = launch(*common, "--data", tmp_path / "data", ranks=2, check=False)
     assert "are not those that" in done.stderr
-    done = launch(*common, "--data", volumes, check=False)
-    assert "was written by DeepSpeed ZeRO-2, 2 ranks on cpu, this is DeepSpeed ZeRO-2, 1 rank on cpu" in done.stderr
     assert losses(output) == losses(runs / "zero2")
 
 

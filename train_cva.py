@@ -205,13 +205,14 @@ def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.opt
 
 
 def compile_blocks(model: ConsistentViewAlignment, settings: dict) -> None:
-    """torch.compile each block of the encoders; the rest is small, or changes shape."""
+    """torch.compile each block of the networks; the rest is small."""
     if settings.get("zero_optimization", {}).get("stage") == 3:
         warnings.warn("train.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            module.compile()
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
+    for block in blocks:
+        block.compile()
 
 
 def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict, state: Iterable[Piece]) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from .nifti import BadVolume, read_volume
@@ -30,13 +31,18 @@ def prepare_volumes(
         OSError: if the folder cannot be written; what is in it stays valid.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    job = partial(_prepare, folder=folder, orientation=orientation, spacing=tuple(spacing))
-    results = Parallel(n_jobs=min(workers, len(paths)), return_as="generator")(delayed(job)(path) for path in paths)
-    bar = tqdm(results, total=len(paths), desc="preparing volumes", unit="file", disable=len(paths) < 8)
-    results = list(bar)
-    good = [file for file, _ in results if file is not None]
-    bad = [(path, reason) for path, (_, reason) in zip(paths, results) if reason is not None]
-    return good, bad
+    files = {path: prepared_file(path, folder, orientation, spacing) for path in paths}
+    missing = [path for path, file in files.items() if not file.exists()]
+    if missing:
+        job = partial(_prepare, orientation=orientation, spacing=tuple(spacing))
+        jobs = (delayed(job)(path, files[path]) for path in missing)
+        reasons = Parallel(n_jobs=min(workers, len(missing)), return_as="generator")(jobs)
+        bar = tqdm(reasons, total=len(missing), desc="preparing volumes", unit="file", disable=len(missing) < 8)
+        reasons = dict(zip(missing, bar))
+        get_reusable_executor().shutdown()  # its processes would outlive a killed run by minutes
+    bad = [(path, reasons[path]) for path in missing if reasons[path] is not None]
+    unusable = {path for path, _ in bad}
+    return [file for path, file in files.items() if path not in unusable], bad
 
 
 def prepared_file(path: Path, folder: Path, orientation: str, spacing: tuple[float, float, float]) -> Path:
@@ -44,14 +50,12 @@ def prepared_file(path: Path, folder: Path, orientation: str, spacing: tuple[flo
     return folder / f"{path.name.split('.nii')[0]}-{_key(path, orientation, spacing)}.npy"
 
 
-def _prepare(path: Path, folder: Path, orientation: str, spacing: tuple) -> tuple[Path | None, str | None]:
-    file = prepared_file(path, folder, orientation, spacing)
-    if file.exists():
-        return file, None
+def _prepare(path: Path, file: Path, orientation: str, spacing: tuple) -> str | None:
+    """Why a volume cannot be used, if so."""
     try:
         volume = read_volume(path, orientation, spacing)
     except BadVolume as error:
-        return None, str(error)
+        return str(error)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as stream:
@@ -61,10 +65,10 @@ def _prepare(path: Path, folder: Path, orientation: str, spacing: tuple) -> tupl
         temporary.unlink(missing_ok=True)
         if error.errno == errno.ENOSPC:
             raise OSError(
-                error.errno, f"no room for prepared volumes in {folder}: free some or choose --prepared"
+                error.errno, f"no room for prepared volumes in {file.parent}: free some or choose --prepared"
             ) from None
         raise
-    return file, None
+    return None
 
 
 def _key(path: Path, orientation: str, spacing: tuple) -> str:

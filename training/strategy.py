@@ -7,6 +7,7 @@ from pathlib import Path
 
 RECIPE_SETS = {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"}
 IGNORED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+BUCKET = 25_000_000  # elements; DeepSpeed allocates its default of 2 GB, however small the model is
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 FSDP2 = {
     "fsdp_version": 2,
@@ -26,7 +27,8 @@ def read_strategy(config: Path | None) -> dict:
         ValueError: with the remedy, if they cannot be used.
     """
     settings, where = _from_launcher() if config is None else _from_config(config)
-    if clash := RECIPE_SETS & {key for key, value in settings.items() if value != "auto"}:
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # Accelerate refuses these beside settings of ours
+    if clash := {key for key in RECIPE_SETS & settings.keys() if not _left_open(settings[key])}:
         raise ValueError(f"{where}: remove {', '.join(sorted(clash))}; the recipe sets batch, optimiser and precision")
     for key in IGNORED:
         if settings.get(key, "auto") != "auto":
@@ -57,12 +59,15 @@ def offloads(settings: dict) -> dict[str, str]:
     return {part: place for part, place in places.items() if place and place != "none"}
 
 
+def _left_open(value: object) -> bool:
+    return value == "auto" or (isinstance(value, dict) and value.get("enabled") in ("auto", False))
+
+
 def _from_config(path: Path) -> tuple[dict, str]:
     launched = [name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
     if launched:
         warnings.warn(f"--config {path} is used, not the {launched[0]} settings of accelerate launch", stacklevel=3)
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in launched})
-        os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # Accelerate refuses them beside a plugin
     return _read_json(path, f"--config {path}", "; the files are in ds_configs/"), f"--config {path}"
 
 
@@ -74,9 +79,10 @@ def _from_launcher() -> tuple[dict, str]:
         path = given.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if path != "none":
             return _read_json(Path(path), f"deepspeed_config_file: {path}", ""), path
-        zero = {"stage": int(given.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+        zero = {"stage": int(given.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)), "reduce_bucket_size": BUCKET}
         for part in ("optimizer", "param"):
-            zero[f"offload_{part}"] = {"device": given.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE")}
+            place = given.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
+            zero |= {f"offload_{part}": {"device": place}} if place != "none" else {}
         return {"zero_optimization": zero}, where
     if given.get("ACCELERATE_USE_FSDP") == "true":
         if given.get("FSDP_VERSION", "1") != "2":

@@ -19,16 +19,12 @@ Your own volumes (.nii, .nii.gz, any layout of folders) on one GPU:
         --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=8
 
 8 GPUs under FSDP2: the same with `--config ds_configs/fsdp2.json`; plain data parallel: `--config ds_configs/ddp.json`.
-
-2 nodes of 8 GPUs, with OUTPUT on a file system that both see; on each node:
-
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HEAD_NODE:29500 \\
-        train_cva.py --config ds_configs/zero2.json \\
-        --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=16
+Several nodes: cluster/. What a run will take, and what would fail late: add `--dry-run`.
 
 From weights that exist, ours or an OpenMind / nnssl checkpoint: add `--init-from PATH_OR_HUB_ID`.
 
-Stopped? Run the same command again with `--resume auto`. Any number of the recipe can be changed on the command line as
+Stopped or killed? Run the same command again with `--resume auto`; SIGTERM or SIGUSR1 saves a checkpoint first and ends
+with exit code 75. docs/running.md has the details. Any number of the recipe can be changed on the command line as
 `key.subkey=value`, for example `train.steps=1000 views.crop_size=[128,128,128]`.
 
 OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures), checkpoints/, encoder/ and
@@ -36,7 +32,6 @@ pretraining.safetensors (student, teacher and heads); publish.py makes a bundle 
 """
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -45,14 +40,10 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-import joblib
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 
-from data.demo import demo_volume
 from data.nifti import find_volumes
-from data.prepared import prepare_volumes
 from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
 from losses.cva import cva_objective
 from models import ConsistentViewAlignment, build_cva, build_encoder
@@ -67,10 +58,11 @@ from training.guards import STOPPED, Guard, poison, skip_if_not_finite
 from training.heartbeat import start_heartbeat
 from training.metrics import Metrics, read_metrics
 from training.output import choose_output, lock_output
+from training.preparation import prepare_data
 from training.provenance import current_commit, versions
 from training.recipe import Recipe, flatten, load_recipe
 from training.report import draw_report
-from training.runtime import describe_engine, from_main_rank, make_accelerator, start_tracker
+from training.runtime import compile_blocks, describe_engine, from_main_rank, make_accelerator, start_tracker
 from training.schedules import learning_rate, teacher_momentum
 from training.state import (
     Piece,
@@ -122,31 +114,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 # --------------------------------------------------------------------------- setup
-
-
-def prepare_data(arguments: argparse.Namespace, recipe: Recipe, output: Path) -> tuple[list[Path], str]:
-    """Prepared volumes, and a fingerprint of the files that they come from.
-
-    Raises:
-        ValueError: if too many files cannot be used.
-    """
-    paths = find_volumes(arguments.data) if arguments.data else [demo_volume()]
-    folder, numbers = arguments.prepared or output / "prepared", recipe.data
-    files, bad = prepare_volumes(paths, folder, numbers.orientation, numbers.spacing, joblib.cpu_count())
-    for path, reason in bad:
-        print(f"left out    {path}: {reason}")
-    if len(bad) > numbers.max_bad_share * len(paths) or not files:
-        raise ValueError(
-            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share={numbers.max_bad_share:g}: "
-            "mend or remove the files listed above, or raise data.max_bad_share"
-        )
-    small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < recipe.views.crop_size)]
-    print(f"data        {len(files)} volume{'s' if len(files) > 1 else ''}, {len(bad)} left out")
-    if small:
-        print(f"small       {len(small)} are smaller than the crop and are padded with 0, such as {small[0].name}")
-    used = sorted(set(paths) - {path for path, _ in bad})
-    facts = [f"{path.relative_to(arguments.data or path.parent)} {path.stat().st_size}" for path in used]
-    return files, hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
 def build_model(recipe: Recipe) -> ConsistentViewAlignment:
@@ -202,17 +169,6 @@ def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.opt
         nesterov=numbers.momentum > 0,
         fused=True,  # can leave out a step without waiting for the device (training/guards.py)
     )
-
-
-def compile_blocks(model: ConsistentViewAlignment, settings: dict) -> None:
-    """torch.compile each block of the networks; the rest is small."""
-    if settings.get("zero_optimization", {}).get("stage") == 3:
-        warnings.warn("train.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
-        return
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
-    for block in blocks:
-        block.compile()
 
 
 def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict, state: Iterable[Piece]) -> dict:
@@ -330,7 +286,8 @@ def main(arguments: argparse.Namespace) -> None:
         compile_blocks(model, settings)
 
     # data
-    files, fingerprint = from_main_rank(accelerator, lambda: prepare_data(arguments, recipe, output))
+    prepared = arguments.prepared or output / "prepared"
+    files, fingerprint = from_main_rank(accelerator, lambda: prepare_data(arguments.data, prepared, recipe))
     stream = build_stream(files, recipe, model.student.features.stride)
 
     # optimiser

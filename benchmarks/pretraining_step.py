@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_cva import build_model, build_optimizer
-from training.estimate import step_cost, step_inputs
+from training.estimate import random_batch, step_cost, step_inputs
 from training.recipe import Recipe, load_recipe
 
 
@@ -30,7 +30,7 @@ def measure(recipe: Recipe, device: torch.device, steps: int) -> dict[str, float
     model.to(device).train()
     optimizer = build_optimizer(model, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    batch = random_batch(recipe, device)
+    batch = random_batch(step_inputs(recipe, recipe.train.batch_size), recipe.mask.ratio, device)
     seconds = []
     for _ in range(3 + steps):  # the first three warm up
         _synchronise(device)
@@ -46,23 +46,6 @@ def measure(recipe: Recipe, device: torch.device, steps: int) -> dict[str, float
     median = statistics.median(seconds[3:])
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
     return {"s/step": median, "spread": max(seconds[3:]) / min(seconds[3:]), "GB": peak, "TFLOPs": cost["flops"] / 1e12}
-
-
-def random_batch(recipe: Recipe, device: torch.device) -> dict[str, torch.Tensor]:
-    shapes = step_inputs(recipe, recipe.train.batch_size)
-    mask = torch.rand(shapes["mask"][0]).flatten(1).argsort(dim=1).argsort(dim=1)
-    mask = mask < int(recipe.mask.ratio * mask.shape[1])
-    size = torch.tensor(recipe.views.crop_size)
-    views = torch.randn(shapes["views"][0])
-    batch = {
-        "views": views,
-        "target": views,
-        "mask": mask.view(shapes["mask"][0]),
-        "points": torch.rand(shapes["points"][0]) * (size - 1),
-        "inside": torch.ones(shapes["inside"][0], dtype=torch.bool),
-        "pair": torch.arange(recipe.train.batch_size).repeat(2),
-    }
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _synchronise(device: torch.device) -> None:

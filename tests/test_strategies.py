@@ -62,6 +62,8 @@ def runs(tmp_path_factory, volumes):
             launches.plan(f"{strategy}_poisoned", strategy, POISONED, poison=[9])
     launches.plan("ddp_pulls", "ddp", SHORT, "train.log_gradients=true")
     launches.plan("zero2_pulls", "zero2", SHORT, "train.log_gradients=true")
+    for strategy in ("zero2", "fsdp2", "zero3"):
+        launches.plan(f"{strategy}_compiled", strategy, SHORT, "train.compile=true")
     launches.plan("zero2_diverged", "zero2", POISONED, poison=list(range(16, 40)))
     relay(0, 1)
     launches.start("two", 2)
@@ -123,6 +125,18 @@ def test_micro_batches_and_published_weights_agree(runs, strategy):
     )
     weights, expected = (whole_state(runs.folder / f"{s}_short" / "checkpoints" / "step_2") for s in (strategy, "ddp"))
     assert weights.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_compiled_blocks_give_the_same_losses(runs, strategy):
+    found, expected = (curve(runs.folder / f"{strategy}_{kind}") for kind in ("compiled", "short"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(found, expected)  # it has been compiled
+
+
+def test_what_cannot_be_compiled_is_said(runs):
+    assert runs.printed["two"].count("train.compile is ignored: under ZeRO-3") == 2  # once a rank
+    assert torch.equal(curve(runs.folder / "zero3_compiled"), curve(runs.folder / "zero3_short"))
 
 
 def test_pulls_of_the_terms_agree(runs):

@@ -92,6 +92,17 @@ def make_accelerator(
     return accelerator
 
 
+def compile_blocks(model: torch.nn.Module, settings: dict) -> None:
+    """torch.compile each block of the networks; the rest is small."""
+    if settings.get("zero_optimization", {}).get("stage") == 3:
+        warnings.warn("train.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
+        return
+    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
+    for block in blocks:
+        block.compile()
+
+
 def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: dict[str, Any]) -> bool:
     """Whether the tracker could be started; training goes on without it.
 

@@ -85,13 +85,7 @@ def launch(strategy: str, volumes: Path, output: Path) -> list[int]:
         train_cva.draw_report = lambda *_: None
         command = ["--config", ROOT / "ds_configs" / f"{strategy}.json", "--data", volumes, "--output", output]
         command += ["--prepared", volumes.parent / "prepared", "--resume", "auto", *RECIPE]
-        code = 0
-        try:
-            arguments = train_cva.parse_arguments([str(part) for part in command])
-            run("train_cva.py", partial(train_cva.main, arguments))
-        except SystemExit as end:
-            code = end.code
-        os._exit(code)
+        run("train_cva.py", partial(train_cva.main, train_cva.parse_arguments([str(part) for part in command])))
     return ranks
 
 

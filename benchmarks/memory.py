@@ -82,6 +82,7 @@ def worker(config: Path, recipe_path: Path, overrides: list[str], answer: Path) 
     if accelerator.is_main_process:
         answer.write_text(json.dumps({"predicted": predicted, "measured": measured, "settings": settings}))
     accelerator.end_training()
+    os._exit(0)  # as train_cva.py does: an orderly exit now and then aborts in a thread of gloo
 
 
 def measure(prepare, steps) -> tuple[int, object]:

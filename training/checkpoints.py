@@ -46,7 +46,8 @@ class Writer:
 
     @property
     def newest(self) -> str:
-        """To tell a user where to go on from."""
+        """To tell a user where to go on from; waits for what is being written."""
+        self.wait()
         complete = complete_checkpoints(self.folder)
         return f"the last good checkpoint is {complete[-1]}" if complete else "no checkpoint has been written yet"
 

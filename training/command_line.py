@@ -12,21 +12,31 @@ DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
 def run(script: str, main: Callable[[], None]) -> None:
-    """Run `main`; an error of this project's own, or a disk's, is printed as one line, with exit code 2.
+    """Run `main` and end the process; an error of this project's own, or a disk's, is one line, with exit code 2.
 
-    Any other error is shown whole and ends the process at once: tidying up may wait for ranks that wait for this one.
+    The process ends at once, without the interpreter's tidying up: there libraries' threads now and then abort, or wait
+    for ranks that wait for this one, and a launcher would take a finished run for a crashed one.
     """
+    code = _exit_code(script, main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit_code(script: str, main: Callable[[], None]) -> int:
     try:
         main()
+    except SystemExit as end:
+        return end.code or 0
     except Exception as error:
         if not isinstance(error, (ValueError, OSError, FloatingPointError)) or not is_for_the_user(error):
             traceback.print_exc()
-            sys.stdout.flush()
-            os._exit(1)
+            return 1
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
             print(f"{Path(script).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def is_for_the_user(error: BaseException) -> bool:

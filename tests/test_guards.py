@@ -142,6 +142,7 @@ if sys.argv[3] == "dies":
 if rank == 1:
     time.sleep(8)
 end()
+os._exit(0)
 """
 
 

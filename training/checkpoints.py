@@ -254,8 +254,11 @@ def flush(path: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
+    checksum = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 22):
+            checksum.update(part)
+    return checksum.hexdigest()
 
 
 def _marker(sums: dict[str, str]) -> str:

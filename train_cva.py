@@ -42,6 +42,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch.distributed.tensor import DTensor
 
 from data.nifti import find_volumes
 from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
@@ -54,7 +55,7 @@ from training.command_line import run
 from training.dry_run import dry_run
 from training.estimate import step_cost, step_inputs
 from training.export import preprocessing, write_run
-from training.guards import STOPPED, Guard, poison, skip_if_not_finite
+from training.guards import STOPPED, Guard, end_at_once_if_asked, ignore_signals, poison, skip_if_not_finite
 from training.heartbeat import start_heartbeat
 from training.metrics import Metrics, read_metrics
 from training.output import choose_output, lock_output
@@ -62,7 +63,14 @@ from training.preparation import prepare_data
 from training.provenance import current_commit, versions
 from training.recipe import Recipe, flatten, load_recipe
 from training.report import draw_report
-from training.runtime import compile_blocks, describe_engine, from_main_rank, make_accelerator, start_tracker
+from training.runtime import (
+    compile_blocks,
+    describe_engine,
+    end_tracker,
+    from_main_rank,
+    make_accelerator,
+    start_tracker,
+)
 from training.schedules import learning_rate, teacher_momentum
 from training.state import (
     Piece,
@@ -252,6 +260,7 @@ def main(arguments: argparse.Namespace) -> None:
     say_what_is_default(bool(arguments.recipe), bool(arguments.data))
 
     # ranks
+    end_at_once_if_asked()
     model = build_model(recipe)
     accumulate = recipe.train.accumulate
     per_rank = recipe.train.batch_size // (accumulate * int(os.environ.get("WORLD_SIZE", 1)))
@@ -308,9 +317,10 @@ def main(arguments: argparse.Namespace) -> None:
         "commit": current_commit(),
     }
     saved, own = {"step": 0, "skipped": (0, 0)}, {}
+    state = list(pieces(accelerator, model, optimizer))  # also makes the moments, for a skipped first step
     if newest:
         saved = newest[1]
-        own = resume(accelerator, *newest, meta, pieces(accelerator, model, optimizer))
+        own = resume(accelerator, *newest, meta, state)
         set_updates_made(optimizer, saved["updates"])
     elif arguments.resume:
         accelerator.print(f"resume      no complete checkpoint in {output}: starting from the first step")
@@ -352,6 +362,8 @@ def main(arguments: argparse.Namespace) -> None:
                 accelerator.backward(poison(losses["loss"]))  # under DeepSpeed this clips and steps as well
                 if not deepspeed and accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
+                    if isinstance(grad_norm, DTensor):  # FSDP2
+                        grad_norm = grad_norm.full_tensor()
                     skip_if_not_finite(torch_optimizer(optimizer), grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -377,7 +389,8 @@ def main(arguments: argparse.Namespace) -> None:
                 del loader  # its processes end when it does
                 end_heartbeat()
                 accelerator.print(f"stopped     at step {done} as asked; go on from there with --resume auto")
-                accelerator.end_training()
+                end_tracker(accelerator)
+                ignore_signals()  # the exit code is the answer
                 sys.exit(STOPPED)
             if done < steps:
                 publish(accelerator, model, stream, recipe, meta, output, done)
@@ -388,7 +401,7 @@ def main(arguments: argparse.Namespace) -> None:
     publish(accelerator, model, stream, recipe, meta, output, steps)
     end_heartbeat()
     print_ending(accelerator, recipe.loss.weights(), output, time.perf_counter() - STARTED)
-    accelerator.end_training()
+    end_tracker(accelerator)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +57,12 @@ def _prepare(path: Path, file: Path, orientation: str, spacing: tuple) -> str | 
         volume = read_volume(path, orientation, spacing)
     except BadVolume as error:
         return str(error)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with open(temporary, "wb") as stream:
             np.save(stream, volume)
+            stream.flush()
+            os.fsync(stream.fileno())  # a name without its content would be taken for prepared
         os.replace(temporary, file)  # a killed run leaves no half-written volume behind
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -161,6 +161,8 @@ class ConsistentViewAlignment(nn.Module):
             [_owned(module.get_parameter(name.split(".", 1)[1])) for _, module, name in pairs],
             1.0 - momentum,
         )
+        if hasattr(pairs[0][0], "ds_tensor") and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # ZeRO-3 gathers on a stream of its own, which does not wait
 
 
 def _owned(parameter: nn.Parameter) -> torch.Tensor:

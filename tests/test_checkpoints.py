@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,13 +92,12 @@ def test_incomplete_ones_are_ignored_with_a_warning(tmp_path):
     training = Training(tmp_path)
     training.save(2)
     (tmp_path / "tmp-step_4").mkdir()
-    (tmp_path / "step_6").mkdir()  # no marker
-    with pytest.warns(UserWarning, match="incomplete") as warned:
+    with pytest.warns(UserWarning, match="tmp-step_4 is incomplete") as warned:
         path, _ = newest_checkpoint(tmp_path)
     assert path.name == "step_2"
-    assert len(warned) == 2
+    assert len(warned) == 1
     training.save(6)  # and they do not stand in the way
-    assert {p.name for p in tmp_path.iterdir()} == {"step_2", "step_6", "step_6.damaged"}
+    assert {p.name for p in tmp_path.iterdir()} == {"step_2", "step_6"}
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -138,11 +139,9 @@ def test_a_damaged_one_is_named_kept_and_not_used(tmp_path, file, harm):
     newest = tmp_path / "step_4"
     DAMAGES[harm](newest / file)
     before = {path.name: path.read_bytes() for path in newest.iterdir()}
-    with pytest.warns(UserWarning, match="step_4 is (damaged|incomplete)"):
+    with pytest.warns(UserWarning, match=r"step_4 is damaged \(.*\): kept as .*step_4\.damaged, using .*step_2"):
         path, meta = newest_checkpoint(tmp_path)
     assert (path.name, meta["step"]) == ("step_2", 2)
-    kept = newest if newest.exists() else tmp_path / "step_4.damaged"
-    assert before == {path.name: path.read_bytes() for path in kept.iterdir()}
     training.save(4)
     training.save(6)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "step_4.damaged").iterdir()}
@@ -155,14 +154,41 @@ def test_a_file_too_many_is_damage(tmp_path):
     assert damage(tmp_path / "step_2") == "state_1.safetensors missing, or not of it"
 
 
-def test_nothing_starts_afresh_over_damaged_checkpoints(tmp_path):
+@pytest.mark.parametrize(
+    ("harm", "file", "why"),
+    [(empty, "meta.json", r"meta\.json not as written"), (remove, "SHA256SUMS", "SHA256SUMS is missing")],
+)
+def test_nothing_starts_afresh_over_damaged_checkpoints(tmp_path, harm, file, why):
     Training(tmp_path).save(2)
-    empty(tmp_path / "step_2" / "meta.json")
-    with pytest.raises(
-        ValueError, match=r"no checkpoint is undamaged: .*step_2: meta\.json not as written; restore one"
-    ):
+    harm(tmp_path / "step_2" / file)
+    with pytest.raises(ValueError, match=rf"no checkpoint is undamaged: .*step_2: {why}; restore one"):
         newest_checkpoint(tmp_path)
     assert (tmp_path / "step_2").exists()
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name_and_an_old_one_goes_at_once(tmp_path, monkeypatch):
+    training, done = Training(tmp_path), []
+    for step in (2, 4):
+        training.save(step)
+    rename = Path.rename
+    monkeypatch.setattr("training.checkpoints.flush", lambda path: done.append(f"flush {path.name}"))
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (done.append(f"{path.name} -> {to.name}"), rename(path, to))[1]
+    )
+    monkeypatch.setattr("training.checkpoints.shutil.rmtree", lambda path, **_: done.append(f"remove {path.name}"))
+    training.save(6)
+    flushed = [f"flush {name}" for name in ("state_0.safetensors", "meta.json", "SHA256SUMS", "tmp-step_6")]
+    renamed = ["tmp-step_6 -> step_6", f"flush {tmp_path.name}"]
+    assert done == [*flushed, *renamed, "step_2 -> tmp-step_2", "remove tmp-step_2"]
+
+
+def test_training_goes_on_while_one_is_written_in_the_background(tmp_path, monkeypatch):
+    training, may_go_on = Training(tmp_path, background=True), threading.Event()
+    monkeypatch.setattr("training.checkpoints.save_file", lambda *a, **k: may_go_on.wait(60) and save_file(*a, **k))
+    training.save(2)
+    assert not (tmp_path / "step_2").exists()
+    may_go_on.set()
+    assert training.writer.newest.endswith("step_2")  # waits for it
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -1,6 +1,7 @@
 """What is read of ds_configs/, and of what `accelerate launch` was told."""
 
 import json
+import os
 
 import pytest
 from conftest import BIN, ROOT, TINY, config, launch
@@ -46,6 +47,8 @@ ZERO = {"stage": 2}
     [
         ({"zero_optimization": ZERO, "bf16": {"enabled": True}}, "remove bf16; the recipe sets"),
         ({"zero_optimization": ZERO, "optimizer": {"type": "Adam"}}, "remove optimizer"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "remove zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "remove ratio"),
         ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3; ds_configs/ddp.json"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "to nvme is not supported"),
         ({"fsdp": {"activation_checkpointing": True}}, "set train.gradient_checkpointing=true instead"),
@@ -74,7 +77,9 @@ def test_what_the_launcher_was_told(monkeypatch, tmp_path):
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     assert offloads(read_strategy(None)) == {"optimizer": "cpu", "param": "cpu"}
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    with pytest.warns(UserWarning, match="not the FSDP settings"):
+        assert offloads(read_strategy(config("fsdp2"))) == {}
+    assert "FSDP_OFFLOAD_PARAMS" not in os.environ  # Accelerate would fill it in
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")

@@ -9,7 +9,6 @@ They are written to `tmp-step_N`, flushed, closed with the marker and renamed; o
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import flush
 from .state import Piece
 
 KEEP = 2
@@ -115,7 +115,7 @@ class Writer:
             flush(self.folder)
             for old in complete_checkpoints(self.folder)[:-KEEP]:
                 gone = old.rename(self.folder / f"tmp-{old.name}")  # at once: a kill leaves no half of it
-                shutil.rmtree(gone)
+                shutil.rmtree(gone, ignore_errors=True)  # the rest goes with the next
 
         self._together(final, make_room)
         self._together(final, write_own)
@@ -190,12 +190,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     Raises:
         ValueError: if all are damaged.
     """
-    complete = complete_checkpoints(folder)
-    for other in sorted(set(folder.glob("*step_*")) - set(complete)):
-        if ".damaged" not in other.name:
-            warnings.warn(f"{other} is incomplete and is ignored (the run stopped while writing it)", stacklevel=2)
+    for other in sorted(folder.glob("tmp-step_*")):
+        warnings.warn(f"{other} is incomplete and is ignored (the run stopped while writing it)", stacklevel=2)
     damaged = {}
-    for path in reversed(complete):
+    for path in reversed(_in_order(folder.glob("step_*"))):  # also one that has lost its marker: it once had it
         reason = damage(path)
         if not reason:
             for other, why in damaged.items():
@@ -213,12 +211,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """All complete checkpoints, damaged or not, oldest first."""
-    steps = [p for p in folder.glob("step_*") if (p / MARKER).is_file() and p.name[5:].isdigit()]
-    return sorted(steps, key=lambda p: int(p.name[5:]))
+    return _in_order(path for path in folder.glob("step_*") if (path / MARKER).is_file())
+
+
+def _in_order(checkpoints: Iterable[Path]) -> list[Path]:
+    return sorted((p for p in checkpoints if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a complete checkpoint, from the checksums of all its files."""
+    """What is wrong with a checkpoint, from the checksums of all its files."""
+    if not (path / MARKER).exists():
+        return f"{MARKER} is missing"
     try:
         text = (path / MARKER).read_text()
         sums = {name: checksum for checksum, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE)}
@@ -244,13 +247,7 @@ def set_aside(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a kill left half written or half removed."""
     for leftover in folder.glob("tmp-step_*"):
-        shutil.rmtree(leftover)
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
 STOPPED = 75  # exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -75,8 +74,6 @@ class Guard:
             FloatingPointError: on all ranks, after too many skipped steps in a row.
         """
         device = self.accelerator.device
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
         question = torch.zeros(3, device=device)
         question[0] = ~torch.isfinite(torch.as_tensor(grad_norm, device=device))
         if self.asked:
@@ -146,9 +143,18 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor
 
     DeepSpeed does so by itself; this is the mechanism of torch's GradScaler, without its wait for the device.
     """
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
     optimizer.found_inf = (~grad_norm.isfinite()).float()
+
+
+def end_at_once_if_asked() -> None:
+    """Until a `Guard` watches: there is nothing to save yet."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(STOPPED))
+
+
+def ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stop_with_launcher() -> None:

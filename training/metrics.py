@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from .files import flush
 from .recipe import Recipe
 
 
@@ -39,6 +39,7 @@ class Metrics:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
             shortened = path.with_name(f".{path.name}")
             shortened.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            flush(shortened)
             shortened.replace(path)
         self._start_interval()
 
@@ -47,7 +48,9 @@ class Metrics:
         self.micro_batches, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's sums since the last log, for a checkpoint between two logs."""
+        """This rank's sums since the last log, for a checkpoint between two logs; the records are safe on the disk."""
+        if self.path.exists():
+            flush(self.path)
         return {f"metrics.{key}": value for key, value in self.sums.items()}
 
     def load(self, own: dict[str, torch.Tensor]) -> None:
@@ -83,7 +86,7 @@ class Metrics:
         record = {"step": step, **dict(zip(keys, means))}
         record |= {
             "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm),
+            "grad_norm": float(grad_norm),
             "seconds": seconds,
             "volumes_per_second": self.train.batch_size / seconds,
             "data_wait": self.waited / elapsed,

@@ -1,5 +1,6 @@
 """The folder of a run, and the care that two runs never share one."""
 
+import errno
 import itertools
 import os
 import socket
@@ -55,16 +56,18 @@ def lock_output(output: Path, seconds: float = 20) -> FileLock:
         ValueError: if another run has it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(output / ".lock"), output / ".running"
+    lock, holder = FileLock(output / ".lock", fallback_to_soft=False), output / ".running"
     try:
         lock.acquire(timeout=seconds)
-    except NotImplementedError:
-        warnings.warn(f"{output} is on a file system without locks: nothing keeps a second run out", stacklevel=2)
     except Timeout:
         by = holder.read_text() if holder.exists() else "another process"
         raise ValueError(
             f"--output {output} is in use by {by}: stop that run (kill -USR1 saves a checkpoint first), or choose "
             "another folder"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{output} is on a file system without locks: nothing keeps a second run out", stacklevel=2)
     holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from data.views import least_shared
 from models import DENSE_STRIDE
 
+from .files import flush
 from .recipe_sections import (
     SGD,
     AdamW,
@@ -127,6 +128,7 @@ class Recipe(Section):
         """Write all keys, at once or not at all."""
         temporary = path.with_name(f".{path.name}")
         temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        flush(temporary)
         temporary.replace(path)
 
 
@@ -243,7 +245,9 @@ def differences(recipe: Recipe, path: Path) -> list[str]:
         there = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
         raise ValueError(f"{path} is damaged: restore it, or choose another --output") from None
-    saved, ours = flatten(there or {}), flatten(recipe.model_dump(mode="json"))
+    if not isinstance(there, dict):
+        raise ValueError(f"{path} is damaged: restore it, or choose another --output")
+    saved, ours = flatten(there), flatten(recipe.model_dump(mode="json"))
     keys = [k for k in {**saved, **ours} if k not in RUN_ONLY and saved.get(k) != ours.get(k)]
     return [f"{k} is {saved.get(k)} there and {ours.get(k)} here" for k in keys]
 

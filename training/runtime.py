@@ -118,6 +118,15 @@ def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: d
     return True
 
 
+def end_tracker(accelerator: Accelerator) -> None:
+    """Let it send what it holds back; the run is over whatever comes of that."""
+    try:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    except Exception as error:
+        warnings.warn(f"the tracker did not end well ({error}): metrics.jsonl has it all", stacklevel=2)
+
+
 def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
     # a group of its own: collectives of the training itself must not wait so long for a dead rank

@@ -7,6 +7,14 @@ from pathlib import Path
 
 RECIPE_SETS = {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"}
 IGNORED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+UNSUPPORTED = {  # of DeepSpeed, and what it is without them
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zenflow": None,
+    "ratio": 1.0,  # of offload_optimizer
+}
 BUCKET = 25_000_000  # elements; DeepSpeed allocates its default of 2 GB, however small the model is
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
 FSDP2 = {
@@ -35,10 +43,14 @@ def read_strategy(config: Path | None) -> dict:
             warnings.warn(f"{where}: {key}={settings[key]} is ignored, the recipe sets it", stacklevel=2)
     if settings.get("zero_force_ds_cpu_optimizer"):
         warnings.warn(f"{where}: zero_force_ds_cpu_optimizer is ignored, torch's optimiser is used", stacklevel=2)
+    zero = settings.get("zero_optimization", {})
+    for key, usual in UNSUPPORTED.items():
+        if zero.get(key, usual) != usual or (zero.get("offload_optimizer") or {}).get(key, usual) != usual:
+            raise ValueError(f"{where}: remove {key}: the teacher, or checkpoints, would go wrong under it")
     for place in offloads(settings).values():
         if place != "cpu":
             raise ValueError(f"{where}: offloading to {place} is not supported: offload to cpu")
-    if settings.get("zero_optimization", {}).get("stage") not in (None, 1, 2, 3):
+    if zero.get("stage") not in (None, 1, 2, 3):
         raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3; ds_configs/ddp.json is without sharding")
     if settings.get("fsdp", {}).get("activation_checkpointing"):
         raise ValueError(f"{where}: remove activation_checkpointing and set train.gradient_checkpointing=true instead")
@@ -68,6 +80,8 @@ def _from_config(path: Path) -> tuple[dict, str]:
     if launched:
         warnings.warn(f"--config {path} is used, not the {launched[0]} settings of accelerate launch", stacklevel=3)
         os.environ.update({f"ACCELERATE_USE_{name}": "false" for name in launched})
+        for name in [name for name in os.environ if name.startswith("FSDP_")]:  # they would fill in what ours leave out
+            del os.environ[name]
     return _read_json(path, f"--config {path}", "; the files are in ds_configs/"), f"--config {path}"
 
 

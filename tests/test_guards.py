@@ -180,6 +180,7 @@ import itertools, sys, time
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 import train_cva
+from training.command_line import run
 
 real, jumps = time.time, itertools.cycle([1e9, -1e9])
 time.time = lambda: real() + next(jumps)
@@ -189,7 +190,7 @@ def unreachable(*_, **__):
 
 call = sys.argv.pop(1)
 setattr(TensorBoardTracker if call == "finish" else Accelerator, call, unreachable)
-train_cva.main(train_cva.parse_arguments())
+run("train_cva.py", lambda: train_cva.main(train_cva.parse_arguments()))
 """
 
 

@@ -58,6 +58,7 @@ from training.export import preprocessing, write_run
 from training.guards import STOPPED, Guard, end_at_once_if_asked, ignore_signals, poison, skip_if_not_finite
 from training.heartbeat import start_heartbeat
 from training.metrics import Metrics, read_metrics
+from training.optimizer import build_optimizer
 from training.output import choose_output, lock_output
 from training.preparation import prepare_data
 from training.provenance import current_commit, versions
@@ -160,23 +161,6 @@ def build_stream(files: list[Path], recipe: Recipe, feature_stride: tuple[int, .
 def make_batch(samples: dict, device: torch.device, recipe: Recipe) -> dict[str, torch.Tensor]:
     """What the model is called with, from what the loader gives."""
     return render(samples, device, recipe.views.crop_size, recipe.views.interpolation, recipe.loss.target)
-
-
-def build_optimizer(model: ConsistentViewAlignment, recipe: Recipe) -> torch.optim.Optimizer:
-    numbers = recipe.optimizer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if numbers.name == "adamw":
-        return torch.optim.AdamW(
-            parameters, numbers.learning_rate, numbers.betas, weight_decay=numbers.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=numbers.learning_rate,
-        momentum=numbers.momentum,
-        weight_decay=numbers.weight_decay,
-        nesterov=numbers.momentum > 0,
-        fused=True,  # can leave out a step without waiting for the device (training/guards.py)
-    )
 
 
 def resume(accelerator: Accelerator, path: Path, saved: dict, meta: dict, state: Iterable[Piece]) -> dict:

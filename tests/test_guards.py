@@ -1,5 +1,6 @@
 """What keeps a run from being lost: locks, signals, dead ranks, clocks, trackers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -37,6 +38,20 @@ def test_an_output_is_for_one_run_at_a_time_and_free_after_a_kill(tmp_path):
         other.kill()
         other.wait()
     lock_output(tmp_path, seconds=5).release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_said_and_one_that_fails_is_not_hidden(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            lock_output(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match="is on a file system without locks"):
+            lock_output(tmp_path)
 
 
 # ------------------------------------------------------------------ steps that are not finite

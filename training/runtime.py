@@ -76,17 +76,17 @@ def make_accelerator(
         kwargs_handlers=[group, *plugins.pop("kwargs_handlers", [])],
         **plugins,
     )
-    got = accelerator.distributed_type
+    got, asker = accelerator.distributed_type, config or "accelerate launch"
     if "deepspeed_plugin" in plugins and got != DistributedType.DEEPSPEED:
         raise ValueError(
-            f"{config} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
+            f"{asker} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
             "and without a saved Accelerate configuration that says otherwise (accelerate env shows it)"
         )
     if "cpu" in plugins and got == DistributedType.NO:
-        raise ValueError(f"{config} asks for data parallel training but Accelerate started without a process group")
+        raise ValueError(f"{asker} asks for data parallel training but Accelerate started without a process group")
     if "fsdp_plugin" in plugins and got != DistributedType.FSDP:
         raise ValueError(
-            f"{config} asks for FSDP but Accelerate started {got.value}: it needs GPUs and a launch such as "
+            f"{asker} asks for FSDP but Accelerate started {got.value}: it needs GPUs and a launch such as "
             "accelerate launch --multi_gpu --num_processes N (or torchrun --nproc_per_node N)"
         )
     return accelerator

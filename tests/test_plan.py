@@ -72,7 +72,6 @@ def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpoint
     assert max(done + rest for done, rest in cost["timeline"]) == pytest.approx(measured, rel=0.1)
     complete = sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
     assert cost["timeline"][-1][0] == complete  # gradients are told apart from the rest
-    assert cost["activation_bytes"] > 0
 
 
 def test_checkpointing_lowers_the_peak():

@@ -106,29 +106,21 @@ def step_cost(model: nn.Module, inputs: Shapes) -> dict[str, Any]:
         inputs: shape and dtype of each argument of its forward.
 
     Returns:
-        `flops` (a multiply-add counts as two, recomputation counts); `activation_bytes` kept for the backward pass;
-        `timeline`, pairs of the bytes of complete gradients and the most bytes of all else (batch, activations, what
-        operators pass on, but not weights) while there were so many; `peak_bytes`, the most of the latter.
+        `flops` (a multiply-add counts as two, recomputation counts); `timeline`, pairs of the bytes of complete gradients
+        and the most bytes of all else (batch, activations, what operators pass on, but not weights) while there were so
+        many; `peak_bytes`, the most of the latter.
     """
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
         weights = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
         live = _LiveBytes([*weights.values()])
         for weight in weights.values():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(live.keep_gradient)
-        with live, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with live:
             fakes = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in inputs.items()}
             functional_call(_Step(model), {f"model.{name}": weight for name, weight in weights.items()}, kwargs=fakes)
     return {
         "flops": counter.get_total_flops(),
-        "activation_bytes": sum(kept.values()),
         "peak_bytes": max(rest for _, rest in live.timeline),
         "timeline": live.timeline,
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .recipe import Recipe
+from .strategy import offloads
 
 BYTES = 4  # an element
 PARTS = ("parameters", "gradients", "optimiser", "teacher", "communication", "activations")
@@ -129,7 +130,7 @@ def _zero12(weights: list[Weight], recipe: Recipe, zero: dict, ranks: int, timel
     cut = BYTES * min(bucket, trained) if ranks > 1 else 0  # a bucket that spans ranks is copied to be reduced
     states = BYTES * optimiser_copies(recipe, {"zero_optimization": zero}) * share
     fixed = {"parameters": BYTES * share * ranks, "optimiser": states, "teacher": BYTES * teacher}
-    offload = _offloads(zero, "offload_optimizer")
+    offload = "optimizer" in offloads({"zero_optimization": zero})
     if offload:
         largest = max(w.size for w in weights if w.trained)
         host = states + BYTES * (2 * share + largest)  # gradients of the share, and the weights on their way back
@@ -174,10 +175,11 @@ def _zero3(weights: list[Weight], recipe: Recipe, zero: dict, ranks: int, timeli
         "communication": BYTES * bucket,
     }
     host = 0
-    if _offloads(zero, "offload_param"):
+    away = offloads({"zero_optimization": zero})
+    if "param" in away:
         fixed |= {"parameters": 0, "teacher": 0}
         host += sharded + BYTES * teacher
-    if offload := _offloads(zero, "offload_optimizer"):
+    if offload := "optimizer" in away:
         fixed |= {"gradients": 0, "optimiser": 0}
         host += states + 2 * BYTES * trained
     fixed["host"] = host
@@ -244,10 +246,6 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
 
 def _joined(first: Parts, second: Parts) -> Parts:
     return {part: first.get(part, 0) + second.get(part, 0) for part in {**first, **second}}
-
-
-def _offloads(zero: dict, key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
 
 
 # --------------------------------------------------------------------------- communication

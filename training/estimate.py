@@ -106,9 +106,9 @@ def step_cost(model: nn.Module, inputs: Shapes) -> dict[str, Any]:
         inputs: shape and dtype of each argument of its forward.
 
     Returns:
-        `flops` (a multiply-add counts as two, recomputation counts); `timeline`, pairs of the bytes of complete gradients
-        and the most bytes of all else (batch, activations, what operators pass on, but not weights) while there were so
-        many; `peak_bytes`, the most of the latter.
+        `flops` (a multiply-add counts as two, recomputation counts); `timeline`, pairs of the bytes of complete
+        gradients and the most bytes of all else (batch, activations, what operators pass on, but not weights) while
+        there were so many; `peak_bytes`, the most of the latter.
     """
     with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
         weights = {name: mode.from_tensor(p) for name, p in model.named_parameters()}

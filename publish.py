@@ -15,7 +15,7 @@ Once you have seen it there, for everyone:
 
 RUN is an OUTPUT of train_cva.py, finished or not; ENCODER a folder: a run's encoder/, or a bundle. The bundle holds
 config.json, model.safetensors and the code for `AutoModel`, preprocessor_config.json for `AutoImageProcessor`,
-checkpoint_final.pth and adaptation_plan.json for nnU-Net, and the model card.
+checkpoint_final.pth and adaptation_plan.json for nnU-Net where it has such a network, and the model card.
 
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
 average, which has seen whole, unmasked crops.
@@ -34,17 +34,18 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedModel
 
-from models import load_encoder
+from models import architecture, load_encoder
 from models.conversion import reference_names
-from models.nnunet import adaptation_plan, checkpoint, unet_decoder
-from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT, RUN_WEIGHTS
+from models.nnunet import adaptation_plan, checkpoint, fresh_decoder
+from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
 from models.weight_files import read_json, read_weights
 from training.command_line import is_for_the_user, run
 from training.export import FACTS, read_run_weights, replace_folder, write_encoder
 from training.model_card import model_card, nnunet_section
+from training.run_folder import RunFolder
 
 PLAN = "adaptation_plan.json"
-BUNDLE = {  # and the architecture's own two
+BUNDLE = {  # and the architecture's own two; some have nothing for nnU-Net
     "LICENSE",
     "README.md",
     "config.json",
@@ -64,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_ENCODER")
     parser.add_argument("--to", required=True, metavar="FOLDER|hub:ORG/NAME", help="where the bundle goes")
-    parser.add_argument("--weights", choices=["student", "teacher"], help="of a run (default: student)")
+    parser.add_argument("--weights", dest="network", choices=["student", "teacher"], help="of a run (default: student)")
     parser.add_argument("--license", help="of the weights, by its SPDX name, for the model card")
     parser.add_argument("--public", action="store_true", help="make the repository one that everyone sees")
     return parser.parse_args(arguments)
@@ -73,14 +74,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------- what is published
 
 
-def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dict, dict | None]:
-    """The encoder with the weights asked for, what is known of its pretraining, and its U-Net decoder, if there is one.
+def read_source(source: Path, network: str | None) -> tuple[PreTrainedModel, dict, dict | None]:
+    """The encoder of the network asked for, what is known of its pretraining, and its U-Net decoder, if there is one.
 
     Raises:
         ValueError: if the folder holds no encoder, or not these weights.
     """
-    is_run = (source / "recipe.yaml").is_file()
-    folder = source / "encoder" if is_run else source
+    run = RunFolder(source)
+    is_run = run.recipe.is_file()
+    folder = run.encoder if is_run else source
     if not (folder / "config.json").is_file():
         why = "this run has not reached its first checkpoint" if is_run else "neither config.json nor recipe.yaml"
         raise ValueError(f"{source}: holds no encoder ({why})")
@@ -88,33 +90,34 @@ def read_source(source: Path, weights: str | None) -> tuple[PreTrainedModel, dic
     if not {"orientation", "spacing", "crop_size"} <= (encoder.config.preprocessing or {}).keys():
         raise ValueError(f"{folder}: its config.json does not say how volumes are prepared; add `preprocessing` to it")
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
-    is_resenc = encoder.config.model_type == "resenc"
+    names = architecture(encoder.config.model_type).nnunet
+    has_decoder = names is not None and names.decoder is not None
     if not is_run:
-        if weights and weights != facts.get("weights"):
-            raise ValueError(f"{source}: an encoder holds one set of weights; name the run to choose the {weights}'s")
-        in_bundle = is_resenc and facts.get("decoder") == "pretrained"
+        if network and network != facts.get("network"):
+            raise ValueError(f"{source}: an encoder holds one set of weights; name the run to choose the {network}'s")
+        in_bundle = has_decoder and facts.get("decoder") == "pretrained"
         return encoder, facts, bundled_decoder(source, encoder) if in_bundle else None
-    if not is_resenc and weights != "teacher":
+    if not has_decoder and network != "teacher":
         return encoder, facts, None
-    tensors, step = read_run_weights(source / RUN_WEIGHTS)
+    tensors, step = read_run_weights(run.weights)
     if step != facts.get("step"):
         raise ValueError(
-            f"{source}: {RUN_WEIGHTS} and encoder/ are of different steps (the run was stopped between the two): "
+            f"{source}: {run.weights.name} and encoder/ are of different steps (the run was stopped between the two): "
             "go on with --resume auto until the next checkpoint"
         )
-    if weights == "teacher":
+    if network == "teacher":
         teacher = below(tensors, "teacher.features.encoder.")
         if not teacher:
             raise ValueError(f"{source}: its recipe trains no teacher; publish the student")
         encoder.load_state_dict(teacher)
-        facts["weights"] = "teacher"
-    return encoder, facts, (below(tensors, "student.decoder.") or None) if is_resenc else None
+        facts["network"] = "teacher"
+    return encoder, facts, (below(tensors, "student.decoder.") or None) if has_decoder else None
 
 
 def bundled_decoder(folder: Path, encoder: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The U-Net decoder in a bundle's checkpoint, so that a bundle can be published again."""
     theirs, _ = read_weights(folder / NNUNET_CHECKPOINT)
-    names = {n: reference_names(f"decoder.{n}", encoder.config)[0] for n in unet_decoder(encoder.config).state_dict()}
+    names = {n: reference_names(f"decoder.{n}", encoder.config)[0] for n in fresh_decoder(encoder.config)}
     if missing := set(names.values()) - theirs.keys():
         raise ValueError(f"{folder / NNUNET_CHECKPOINT}: damaged, {missing.pop()} is missing")
     return {name: theirs[reference] for name, reference in names.items()}
@@ -128,15 +131,19 @@ def write_bundle(
     encoder: PreTrainedModel, facts: dict, decoder: dict | None, where: str, license: str | None, folder: Path
 ) -> None:
     """Fill an empty folder with the whole bundle; `where` is its folder or Hub id, for the model card's examples."""
-    if encoder.config.model_type == "resenc":
+    names = architecture(encoder.config.model_type).nnunet
+    if names and names.decoder:
         facts = {**facts, "decoder": "pretrained" if decoder else "fresh"}
     name = re.sub(r"\W+", "_", (facts.get("recipe") or {}).get("name") or Path(where).name)
     on_hub = where.startswith("hub:")
     where = where.removeprefix("hub:")
-    nnunet = nnunet_section(encoder, where, on_hub, decoder is not None)
+    nnunet = nnunet_section(encoder, where, on_hub, name, decoder is not None)
     write_encoder(encoder, facts, model_card(encoder, facts, where, license, nnunet), folder)
+    if names is None:
+        return
+    method = facts.get("method") or {}
     try:
-        torch.save(checkpoint(encoder, decoder, name), folder / NNUNET_CHECKPOINT)
+        torch.save(checkpoint(encoder, decoder, name, method), folder / NNUNET_CHECKPOINT)
     except RuntimeError as error:  # so torch reports a full disk
         raise OSError(f"{NNUNET_CHECKPOINT}: {error}") from error
     (folder / PLAN).write_text(json.dumps(adaptation_plan(encoder.config, name), indent=1))
@@ -149,7 +156,7 @@ def check_overwrite(where: str, files: set[str], model_type: str | None, encoder
     """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
     kind = encoder.config.model_type
     bundle = {*BUNDLE, f"modeling_{kind}.py", f"configuration_{kind}.py"}
-    if files and (not {PLAN, FACTS, "config.json"} <= files or files - bundle or model_type != kind):
+    if files and (not {FACTS, "config.json"} <= files or files - bundle or model_type != kind):
         found = ", ".join(sorted(files - bundle or files)[:3])
         raise ValueError(f"--to {where} holds something else ({found}): choose another place")
 
@@ -196,7 +203,7 @@ def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -
 
 def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed to save, which would speak up
-    encoder, facts, decoder = read_source(arguments.source, arguments.weights)
+    encoder, facts, decoder = read_source(arguments.source, arguments.network)
     write = partial(write_bundle, encoder, facts, decoder, arguments.to, arguments.license)
     if arguments.to.startswith("hub:"):
         repo_id = arguments.to.removeprefix("hub:")

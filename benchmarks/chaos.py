@@ -32,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nibabel as nib
 import numpy as np
 import torch
-from accelerate import DistributedType, PartialState
 
 import train_cva
+import training.export
+from benchmarks.cpu_ranks import offer_fsdp
 from training.checkpoints import MARKER, complete_checkpoints
 from training.command_line import run
 from training.guards import STOPPED
+from training.launch import parse_arguments
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +57,9 @@ RECIPE = [
     f"train.steps={STEPS}",
     "train.batch_size=4",
     "train.warmup_steps=5",
-    "train.log_every=2",
-    f"train.checkpoint_every={INTERVAL}",
-    "train.checkpoint_in_background=true",
+    "run.log_every=2",
+    f"run.checkpoint_every={INTERVAL}",
+    "run.checkpoint_in_background=true",
 ]
 TIMES = {"seconds", "volumes_per_second", "data_wait", "tflops"}
 
@@ -79,13 +81,13 @@ def launch(strategy: str, volumes: Path, output: Path) -> list[int]:
         faulthandler.register(signal.SIGUSR2)
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
-        if strategy == "fsdp2":  # Accelerate offers it to GPUs only
-            PartialState(cpu=True)
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        train_cva.draw_report = lambda *_: None
+        if strategy == "fsdp2":
+            offer_fsdp()
+        training.export.draw_report = lambda *_: None
         command = ["--config", ROOT / "ds_configs" / f"{strategy}.json", "--data", volumes, "--output", output]
         command += ["--prepared", volumes.parent / "prepared", "--resume", "auto", *RECIPE]
-        run("train_cva.py", partial(train_cva.main, train_cva.parse_arguments([str(part) for part in command])))
+        arguments = parse_arguments(train_cva.__doc__, [str(part) for part in command])
+        run("train_cva.py", partial(train_cva.main, arguments))
     return ranks
 
 

@@ -40,10 +40,12 @@ def their_network(c: PrimusConfig | ResEncConfig, weights: dict[str, torch.Tenso
     if c.model_type == "primus":
         sizes = c.hidden_size, c.patch_size, 2, c.num_hidden_layers, c.num_attention_heads, c.image_size
         network = Primus(1, *sizes, init_values=0.1, scale_attn_inner=True)
-    else:
+    elif c.model_type == "resenc":
         sizes = len(c.depths), c.hidden_sizes, nn.Conv3d, 3, c.strides, c.depths, 2, 1, True
         norm = nn.InstanceNorm3d, {"eps": c.norm_eps, "affine": True}
         network = ResidualEncoderUNet(1, *sizes, *norm, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True})
+    else:
+        raise ValueError(f"this script builds no {c.model_type} of theirs")
     network.load_state_dict(network.state_dict() | weights)
     return network
 
@@ -52,6 +54,8 @@ def functions_of(encoder: nn.Module, network: nn.Module, keep: torch.Tensor | No
     """Ours and theirs, from crops to a tuple of the same features; of the tokens `keep` `[B, K]` only, if given."""
     if encoder.config.model_type == "resenc":
         return [lambda crops: encoder(crops, output_hidden_states=True).hidden_states, network.encoder]
+    if encoder.config.model_type != "primus":
+        raise ValueError(f"this script cannot call a {encoder.config.model_type}")
     # their dropout of tokens was written for an older timm: give it the tokens, and its rotary table the heads' axis
     drop = None if keep is None else lambda tokens: (tokens.take_along_dim(keep[..., None], dim=1), keep)
     network.eva.patch_drop, eva.apply_keep_indices_nlc = drop, lambda _, table, kept: table[kept][:, None]

@@ -85,10 +85,10 @@ def rows_of(a: argparse.Namespace) -> Iterator[tuple[str, Callable, Callable | N
         name = f"sample_cells, {a.grid}^3 to {a.cells}^3"
         yield name, partial(sample_cells, **at), partial(plain_cells, **at), features, 0
     pair = torch.arange(a.views // 2, device=DEVICE).repeat(2)
-    fixed = {"pair": pair, "gather": lambda tensor: tensor[None]}  # one rank
+    fixed = {"pair": pair, "gather": lambda tensor: tensor[None], "temperature": TEMPERATURE}  # one rank
     for cells in a.contrast_cells if "contrast" in a.terms else []:
         student, teacher, inside = cells_of(a, cells)
-        ours = partial(cell_contrast, teacher=teacher, inside=inside, temperature=TEMPERATURE, **fixed)
+        ours = partial(cell_contrast, teacher=teacher, inside=inside, **fixed)
         plain, size = partial(plain_contrast, teacher=teacher, pair=pair), 4 * (2 * a.views * cells**3) ** 2 / 1e9
         yield f"C-CVA, {cells}^3", ours, plain if size <= a.plain_gb else None, student, size
     for name, ours, plain in (("gram", gram_consistency, plain_gram), ("cosine", cosine_consistency, plain_cosine)):

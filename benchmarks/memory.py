@@ -1,11 +1,11 @@
-"""Memory of a rank by strategy: what `--dry-run` predicts against what a few real steps take.
+"""Memory of a rank by strategy: what `--dry-run` predicts against what a few steps of train_cva.py take.
 
     python benchmarks/memory.py recipes/demo.yaml --ranks 1 2
     python benchmarks/memory.py recipes/primus_m.yaml train.batch_size=8 --ranks 8 --strategies zero2 fsdp2
 
-Prints one table, in MB, of the fullest rank. On GPUs it is the allocator's peak (torch.cuda.max_memory_allocated); on a
-CPU the profiler's record of every tensor, buffers that nothing is ever written to among them. Overrides work as for
-train_cva.py.
+Prints one table, in MB, of the fullest rank in a step that is neither the first nor the last, on a volume of noise. On
+GPUs it is the allocator's peak (torch.cuda.max_memory_allocated); on a CPU the profiler's record of every tensor of the
+rank's process, buffers that nothing is ever written to among them. Overrides work as for train_cva.py.
 """
 
 import argparse
@@ -14,88 +14,69 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cpu_ranks import offer_fsdp
+from benchmarks.script_runs import train, write_noise
+from planning.plan import memory, weights_of
+from train_cva import CVARecipe, build_model, build_stream, make_batch
+from training.estimate import noise_batch, step_cost
+from training.recipe import load_recipe
+from training.run import Run, Step
+from training.strategy import read_strategy
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-STEPS = 4  # moments are there from the second, and from then on DeepSpeed gathers weights ahead
+STEPS = 5
+COMPARED = (2, 3)  # DeepSpeed gathers weights ahead once it has seen a step; with the last one comes a checkpoint
 
 
-def worker(config: Path, recipe_path: Path, overrides: list[str], answer: Path) -> None:
-    """On each rank: predict, then train for a few steps; the first rank writes both to `answer`."""
-    from accelerate import DistributedType, PartialState
-
-    from train_cva import build_model, build_optimizer
-    from training.estimate import random_batch, step_cost, step_inputs
-    from training.plan import memory, weights_of
-    from training.recipe import load_recipe
-    from training.runtime import make_accelerator
-    from training.strategy import read_strategy
-
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    recipe, settings = load_recipe(recipe_path, overrides), read_strategy(config)
-    per_rank = recipe.train.batch_size // (ranks * recipe.train.accumulate)
-    sketch = build_model(recipe)
-    inputs = step_inputs(recipe, per_rank)
-    cost = step_cost(sketch, inputs)
-    predicted = memory(weights_of(sketch), recipe, settings, ranks, cost["timeline"])
-    del sketch
-    if "fsdp" in settings and not torch.cuda.is_available():
-        PartialState(cpu=True)  # Accelerate offers FSDP to GPUs only; these two lines let a CPU have it
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    def prepare() -> tuple:
-        model = build_model(recipe)
-        accelerator = make_accelerator(
-            config,
-            settings,
-            answer.parent,
-            per_rank,
-            recipe.train.accumulate,
-            recipe.train.clip_norm,
-            model._no_split_modules,
-            "tensorboard",
-        )
-        optimizer = build_optimizer(model, recipe)
-        return accelerator, *accelerator.prepare(model, optimizer)
-
-    def steps(accelerator, model, optimizer) -> None:
-        model.train()
-        for step in range(STEPS):
-            with torch.profiler.record_function(f"step {step}"):
-                for _ in range(recipe.train.accumulate):
-                    batch = random_batch(inputs, recipe.mask.ratio, accelerator.device)
-                    with accelerator.accumulate(model):
-                        accelerator.backward(model(**batch)["loss"])
-                        if accelerator.distributed_type != DistributedType.DEEPSPEED and accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(model.parameters(), recipe.train.clip_norm)
-                            optimizer.step()
-                            optimizer.zero_grad()
-                accelerator.unwrap_model(model).update_teacher(0.99)
-
-    measured, accelerator = measure(prepare, steps)
-    measured = max(accelerator.gather(torch.tensor([measured], device=accelerator.device)).tolist())
-    if accelerator.is_main_process:
-        answer.write_text(json.dumps({"predicted": predicted, "measured": measured, "settings": settings}))
-    accelerator.end_training()
+def worker(config: Path, recipe_path: Path, overrides: list[str], folder: Path) -> None:
+    """On each rank: predict, then train for a few steps, and write both to `folder`."""
+    ranks, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
+    recipe, strategy = load_recipe(recipe_path, overrides, CVARecipe), read_strategy(config)
+    model = build_model(recipe)
+    sample = noise_batch(build_stream, make_batch, recipe, model)
+    cost = step_cost(model, sample, recipe.train.batch_size // (ranks * recipe.train.accumulate))
+    predicted = memory(weights_of(model), recipe, strategy, ranks, cost.timeline)
+    del model, sample
+    if strategy.kind == "fsdp2" and not torch.cuda.is_available():
+        offer_fsdp()
+    command = ["--config", config, "--recipe", recipe_path, "--data", folder / "data", "--output", folder / "run"]
+    numbers = [f"train.steps={STEPS}", "train.warmup_steps=0", f"run.checkpoint_every={STEPS}", "run.workers=0"]
+    numbers += ["run.checkpoint_minutes=0"]
+    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(lambda: train(command + overrides + numbers))
+    # a thread of gloo may hold on to what it sent for a while, so of two steps the lesser
+    measured = min(peaks[f"step {number}"] for number in COMPARED)
+    (folder / f"rank_{rank}.json").write_text(json.dumps({"predicted": predicted, "measured": measured}))
     os._exit(0)  # as train_cva.py does: an orderly exit now and then aborts in a thread of gloo
 
 
-def measure(prepare, steps) -> tuple[int, object]:
-    """Bytes at the fullest moment of `steps(*prepare())`, and the accelerator."""
-    if torch.cuda.is_available():
-        made = prepare()
-        torch.cuda.reset_peak_memory_stats()
-        steps(*made)
-        return torch.cuda.max_memory_allocated(), made[0]
+def peaks_on_gpu(training: Callable[[], None]) -> dict[str, int]:
+    """Bytes at the fullest moment of each step."""
+    peaks, steps = {}, Run.steps
+
+    def watched(run: Run) -> Iterator[Step]:
+        for step in steps(run):
+            torch.cuda.reset_peak_memory_stats()
+            yield step
+            peaks[f"step {step.number}"] = torch.cuda.max_memory_allocated()
+
+    Run.steps = watched
+    training()
+    return peaks
+
+
+def peaks_on_cpu(training: Callable[[], None]) -> dict[str, int]:
+    """The same, of all that this process has allocated since before `training`."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        made = prepare()
-        steps(*made)
+        training()
     spans, events = {}, []
     open_ = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while open_:
@@ -115,23 +96,23 @@ def measure(prepare, steps) -> tuple[int, object]:
         for step, (start, end) in spans.items():
             if start <= at <= end:
                 peaks[step] = max(peaks[step], now)
-    # a thread of gloo may hold on to what it sent for a while, so of two steps the lesser
-    return min(peaks[f"step {STEPS - 2}"], peaks[f"step {STEPS - 1}"]), made[0]
+    return peaks
 
 
 def compare(config: Path, recipe: Path, overrides: list[str], ranks: int) -> dict:
-    """`predicted` bytes by part and `measured` bytes of the first of `ranks` processes, and the `settings`."""
+    """`predicted` bytes by part and `measured` bytes of the fullest of `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
+        write_noise(Path(folder) / "data", load_recipe(recipe, overrides, CVARecipe))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-        command += ["--worker", config, answer, recipe, *overrides]
+        command += ["--worker", config, folder, recipe, *overrides]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [str(part) for part in command], env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise RuntimeError(f"{config} on {ranks} ranks failed:\n{done.stderr[-4000:]}")
-        return json.loads(answer.read_text())
+        found = [json.loads(file.read_text()) for file in Path(folder).glob("rank_*.json")]
+    return max(found, key=lambda rank: rank["measured"])
 
 
 def main() -> None:
@@ -144,8 +125,8 @@ def main() -> None:
     overrides = [a for a in arguments.arguments if "=" in a]
     recipes = [Path(a) for a in arguments.arguments if "=" not in a]
     if arguments.worker:
-        config, answer = arguments.worker
-        worker(config, recipes[0], overrides, answer)
+        config, folder = arguments.worker
+        worker(config, recipes[0], overrides, folder)
         return
     header = None
     for recipe in recipes:

@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.intensity import change_intensity
 from data.resampling import cut_views
 from data.stream import MicroBatches, SampleStream, stack_views
-from models import DENSE_STRIDE
-from train_cva import build_stream, make_batch
-from training.recipe import Recipe, load_recipe
+from train_cva import CVARecipe, build_model, build_stream, make_batch
+from training.recipe import load_recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = ("read and draw", "copy to the device", "cut_views", "change_intensity")
@@ -47,12 +46,13 @@ def write_volumes(folder: Path, count: int, size: int) -> list[Path]:
     return files
 
 
-def stream_of(recipe: Recipe, files: list[Path]) -> SampleStream:
-    stride = recipe.model.patch_size if recipe.model.architecture == "primus" else DENSE_STRIDE
-    return build_stream(files, recipe, (stride,) * 3)
+def stream_of(recipe: CVARecipe, files: list[Path]) -> SampleStream:
+    with torch.device("meta"):  # only its stride is asked for
+        model = build_model(recipe)
+    return build_stream(files, recipe, model)
 
 
-def numbers(recipe: Recipe, batches: int) -> Iterator[list[int]]:
+def numbers(recipe: CVARecipe, batches: int) -> Iterator[list[int]]:
     """Which samples are in each batch; there is one batch more, the first, to warm up."""
     return iter(MicroBatches(0, 1 + batches, recipe.train.batch_size, 1, rank=0, ranks=1))
 
@@ -61,7 +61,7 @@ def load(stream: SampleStream, indices: list[int]) -> dict:
     return stack_views([stream[index] for index in indices])
 
 
-def seconds_of_parts(stream: SampleStream, indices: list[int], recipe: Recipe) -> list[float]:
+def seconds_of_parts(stream: SampleStream, indices: list[int], recipe: CVARecipe) -> list[float]:
     """One batch, as the loader and `render` make it; a number for each of `PARTS`."""
     clock = [now()]
     batch = load(stream, indices)
@@ -84,7 +84,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def check(stream: SampleStream, indices: list[int], recipe: Recipe) -> None:
+def check(stream: SampleStream, indices: list[int], recipe: CVARecipe) -> None:
     """The parts timed here are all there is to `make_batch`, and leave DEVICE warm."""
     batch = load(stream, indices)
     blocks = [block.to(DEVICE) for block in batch["block"]]
@@ -92,7 +92,7 @@ def check(stream: SampleStream, indices: list[int], recipe: Recipe) -> None:
     assert torch.equal(change_intensity(views, batch["intensity"]), make_batch(batch, DEVICE, recipe)["views"])
 
 
-def print_run(recipe: Recipe, files: list[Path], arguments: argparse.Namespace) -> None:
+def print_run(recipe: CVARecipe, files: list[Path], arguments: argparse.Namespace) -> None:
     stream, (first, *rest) = stream_of(recipe, files), numbers(recipe, arguments.batches)
     check(stream, first, recipe)
     rounds = [seconds_of_parts(stream, indices, recipe) for indices in rest]
@@ -114,7 +114,7 @@ def print_run(recipe: Recipe, files: list[Path], arguments: argparse.Namespace) 
         print(f"render takes {100 * share:.1f} % of a step; {loaders:.2f} loader processes keep up with it")
 
 
-def rows_of(recipe: Recipe) -> dict[str, list[str]]:
+def rows_of(recipe: CVARecipe) -> dict[str, list[str]]:
     """Overrides for each row of the second table: nothing but mirrors, and what each row changes besides."""
     changes = [f"intensity.{name}.probability=" for name in recipe.intensity.chances()]
     turns = ["views.shared.rotation.probability=", "views.shared.zoom.probability="]
@@ -126,11 +126,11 @@ def rows_of(recipe: Recipe) -> dict[str, list[str]]:
     return rows | {"everything": [*turned, *(f"{key}1" for key in changes)]}
 
 
-def print_parts(recipe: Recipe, files: list[Path], arguments: argparse.Namespace, overrides: list[str]) -> None:
+def print_parts(recipe: CVARecipe, files: list[Path], arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(f"\nSeconds a view, medians of {arguments.repeats} batches (and min-max)")
     print("|in every view|" + "|".join(PARTS) + "|all|\n|" + "-|" * (2 + len(PARTS)))
     for name, changed in rows_of(recipe).items():
-        this = load_recipe(arguments.recipe, overrides + changed)
+        this = load_recipe(arguments.recipe, overrides + changed, CVARecipe)
         stream, (first, *rest) = stream_of(this, files), numbers(this, arguments.repeats)
         if DEVICE.type == "cuda":
             seconds_of_parts(stream, first, this)
@@ -156,7 +156,7 @@ def main() -> None:
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{name}, {arguments.threads} CPU threads, torch {torch.__version__}, volumes of {arguments.volume}^3")
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, CVARecipe)
     with tempfile.TemporaryDirectory() as folder:
         files = write_volumes(Path(folder), recipe.train.batch_size, arguments.volume)
         print_run(recipe, files, arguments)

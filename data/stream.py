@@ -7,6 +7,7 @@ read blocks of volumes and draw all random numbers; `render` makes the voxels of
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -19,11 +20,23 @@ from .views import alignment_points, draw_turn, sample_views
 PURPOSES = ("geometry", "turns", "mask", "intensity")  # a generator each: chances of one do not move the rest
 
 
+class Batch(TypedDict):
+    """What a model is called with: the crops of `B` volumes, stacked `[view 1 of all, view 2 of all]`."""
+
+    views: torch.Tensor  # [2B, C, X, Y, Z]
+    target: torch.Tensor  # [2B, C, X, Y, Z], what to reconstruct
+    mask: torch.Tensor  # [2B, x, y, z], True where a block is hidden from the student
+    points: torch.Tensor  # [2B, P, S, 3], where to compare: S places for each of P cells, in voxels of each crop; those
+    # of the two views of a volume are the same places
+    inside: torch.Tensor  # [2B, P], whether both views reach a cell
+    pair: torch.Tensor  # [2B], the number of the sample, which its two views share
+
+
 class SampleStream(Dataset):
     """Pairs of views, their masks and the points at which to compare them. Volumes are drawn with replacement.
 
     Args:
-        files: prepared volumes (`prepare_volumes`).
+        files: prepared volumes (`prepare_volumes`), or volumes in memory `[X, Y, Z]`.
         spacing: mm of their voxels.
         crop_size: voxels, (X, Y, Z).
         overlap: range of the fraction of its volume that a crop shares with the other view.
@@ -39,7 +52,7 @@ class SampleStream(Dataset):
 
     def __init__(
         self,
-        files: list[Path],
+        files: list[Path] | list[np.ndarray],
         seed: int,
         spacing: tuple[float, ...],
         crop_size: tuple[int, ...],
@@ -78,7 +91,8 @@ class SampleStream(Dataset):
         geometry, turns, masks, intensity = (
             np.random.default_rng((self.seed, index, purpose)) for purpose in range(len(PURPOSES))
         )
-        volume = np.load(self.files[geometry.integers(len(self.files))], mmap_mode="r")
+        volume = self.files[geometry.integers(len(self.files))]
+        volume = volume if isinstance(volume, np.ndarray) else np.load(volume, mmap_mode="r")
         shared = draw_turn(turns, self.shared, self.spacing)
         own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
         affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
@@ -115,15 +129,12 @@ def render(
     crop_size: tuple[int, ...],
     interpolation: str,
     target: str,
-) -> dict[str, torch.Tensor]:
+) -> Batch:
     """Make the voxels of a batch on the device, and what else the model is called with.
 
     Args:
         batch: of `stack_views`, on the CPU.
-        target: what to reconstruct, the "augmented" views or the "clean" ones.
-
-    Returns:
-        `views` and `target` `[2B, 1, X, Y, Z]` (the same tensor if augmented), `mask`, `points`, `inside`, `pair`.
+        target: what to reconstruct, the "augmented" views (then it is the same tensor) or the "clean" ones.
     """
     blocks = [block.to(device, non_blocking=True) for block in batch["block"]]
     clean = cut_views(blocks, batch["crop_to_block"], crop_size, interpolation)

@@ -1,12 +1,14 @@
 """Dense consistency: what student and teacher should agree on where two views overlap (CVA, arXiv 2509.13846).
 
 All take aligned cells `student` and `teacher` `[N, P, D]` (row `n` of both is the same region, seen in different
-views), `inside` `[N, P]` (False where a view does not reach), `pair` `[N]` (the sample that a crop belongs to) and
-`gather` (`[...]` -> `[ranks, ...]`, with gradients), and return one number. Each crop counts the same, so the mean over
-ranks of their losses is the loss of the whole batch.
+views), `inside` `[N, P]` (False where a view does not reach), `pair` `[N]` (the sample that a crop belongs to),
+`gather` (`[...]` -> `[ranks, ...]`, with gradients) and the recipe's `temperature`, and return one number. Each crop
+counts the same, so the mean over ranks of their losses is the loss of the whole batch. A new one is a function and a
+row of `CONSISTENCIES`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,12 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 def cosine_consistency(
-    student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor, pair: torch.Tensor, gather: Gather
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    inside: torch.Tensor,
+    pair: torch.Tensor,
+    gather: Gather,
+    temperature: float,
 ) -> torch.Tensor:
     """`2 - 2 cos(student, teacher)`: 0 when they agree, 2 when they are unrelated ("CVA" of the paper's Table 1)."""
     return mean_inside(2 - 2 * F.cosine_similarity(student, teacher, dim=-1), inside)
@@ -45,7 +52,12 @@ def cell_contrast(
 
 
 def gram_consistency(
-    student: torch.Tensor, teacher: torch.Tensor, inside: torch.Tensor, pair: torch.Tensor, gather: Gather
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    inside: torch.Tensor,
+    pair: torch.Tensor,
+    gather: Gather,
+    temperature: float,
 ) -> torch.Tensor:
     """Mean squared difference of the channel Gram matrices `[D, D]` of a crop.
 
@@ -62,3 +74,21 @@ def mean_inside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Mean over crops of the mean over their cells inside: `[N, P]` -> a number; a crop without any counts 0."""
     weights = inside.to(values.dtype)
     return ((values * weights).sum(1) / weights.sum(1).clamp(min=1)).mean()
+
+
+class Consistency(NamedTuple):
+    """A row of `CONSISTENCIES`."""
+
+    function: Callable[..., torch.Tensor] | None
+    words: str  # for model cards and pictures: "pretrained by ..."
+    aligns: bool  # whether it compares the same places, which makes it a Consistent View Alignment
+
+
+CONSISTENCIES = {
+    "cosine": Consistency(cosine_consistency, "dense alignment of two overlapping views", aligns=True),
+    "c_cva": Consistency(cell_contrast, "dense contrast of two overlapping views", aligns=True),
+    "gram": Consistency(
+        gram_consistency, "agreement of channel statistics between two overlapping views", aligns=False
+    ),
+    "none": Consistency(None, "", aligns=False),
+}

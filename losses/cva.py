@@ -7,24 +7,25 @@ import torch
 import torch.nn.functional as F
 
 from .cells import sample_cells
-from .consistency import Gather, cell_contrast, cosine_consistency, gram_consistency
+from .consistency import CONSISTENCIES, Gather
 from .ntxent import nt_xent
 from .reconstruction import masked_huber
 
+TERMS = ("reconstruction", "consistency", "contrastive")
+
 
 def cva_objective(consistency: str, temperature: float) -> Callable[[dict[str, torch.Tensor], Gather], dict]:
-    """The objective with this consistency: "cosine", "c_cva", "gram" or "none".
+    """The objective with this consistency, a row of `CONSISTENCIES`.
 
     Args:
         temperature: of the image-level NT-Xent and of C-CVA.
+
+    Raises:
+        ValueError: if there is no such consistency.
     """
-    agree = {
-        "cosine": cosine_consistency,
-        "c_cva": partial(cell_contrast, temperature=temperature),
-        "gram": gram_consistency,
-        "none": None,
-    }[consistency]
-    return partial(compute_terms, agree=agree, temperature=temperature)
+    if consistency not in CONSISTENCIES:
+        raise ValueError(f"{consistency!r} is no consistency: there are {', '.join(CONSISTENCIES)}")
+    return partial(compute_terms, agree=CONSISTENCIES[consistency].function, temperature=temperature)
 
 
 def compute_terms(
@@ -33,7 +34,7 @@ def compute_terms(
     """The terms that the outputs allow, each symmetrised over the two views, and what tells of collapse and success.
 
     Args:
-        outputs: see `ConsistentViewAlignment.forward_views`; rows are view-major, so half a roll is the other view.
+        outputs: see `ConsistentViewAlignment.outputs`; rows are view-major, so half a roll is the other view.
         gather: `[...]` of this rank -> `[ranks, ...]`, with gradients.
         agree: the consistency, a function of losses/consistency.py.
 
@@ -52,7 +53,7 @@ def compute_terms(
         student = sample_cells(outputs["student_dense"], outputs["points"], crop_size)
         teacher = sample_cells(outputs["teacher_dense"], outputs["points"], crop_size).roll(len(student) // 2, dims=0)
         inside = outputs["inside"]
-        losses["consistency"] = agree(student, teacher, inside, outputs["pair"], gather)
+        losses["consistency"] = agree(student, teacher, inside, outputs["pair"], gather, temperature)
         losses |= watch_cells(student.detach(), teacher, inside)
     if "student_embedding" in outputs:
         student, teacher = outputs["student_embedding"], outputs.get("teacher_embedding")

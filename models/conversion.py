@@ -4,26 +4,14 @@ nnssl's checkpoints, nnU-Net's networks and its adaptation plans all use the sam
 """
 
 import math
-import re
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
-PRIMUS_NAMES = (  # ours, theirs; the more special first
-    ("patch_embed.", "down_projection.proj."),
-    ("transformer.register_tokens", "register_tokens"),
-    ("transformer.", "eva."),
-    ("position_embedding", "pos_embed"),
-    (".attention.", ".attn."),
-    (".scale1", ".gamma_1"),
-    (".scale2", ".gamma_2"),
-    (".gate.", ".fc1_g."),
-    (".up.", ".fc1_x."),
-    (".down.", ".fc2."),
-)
-ANCHORS = {"primus": "down_projection.proj.weight", "resenc": "encoder.stem.convs.0.conv.weight"}
+from .architectures import ARCHITECTURES, architecture, names_in_nnunet
+
 DECODERS = ("decoder.", "patch_decoder.", "mask_token")  # of the student: wanted, but not required
 
 
@@ -33,38 +21,7 @@ def reference_names(name: str, config: PretrainedConfig) -> list[str]:
     Args:
         name: of the encoder's state dict, or of the student's `decoder.`, `patch_decoder.` and `mask_token`.
     """
-    return _primus_names(name) if config.model_type == "primus" else _resenc_names(name, config)
-
-
-def _primus_names(name: str) -> list[str]:
-    if name.startswith("patch_decoder."):
-        _, layer, what = name.split(".")
-        stage, kind = divmod(int(layer), 3)  # convolution, norm, activation
-        nested = [f"up_projection.decode.{stage}.{kind}.{what}"]
-        return nested if kind else [*nested, f"up_projection.decode.{stage}.{what}"]  # the last stage is not nested
-    for ours, theirs in PRIMUS_NAMES:
-        name = name.replace(ours, theirs)
-    return [name]
-
-
-def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
-    parts = name.split(".")
-    if name.startswith("decoder.upsample."):
-        return [name.replace("upsample", "transpconvs")]
-    if name.startswith("decoder.output."):
-        return [f"decoder.seg_layers.{len(config.depths) - 2}.{parts[-1]}"]
-    kind, what = parts[-2:]  # conv or norm; weight or bias
-    if parts[0] == "stem":
-        layer = "encoder.stem.convs.0"
-    elif parts[0] == "decoder":
-        layer = f"decoder.stages.{parts[2]}.convs.0"
-    else:
-        _, stage, block, branch = parts[:4]
-        if branch == "skip":  # behind the average pooling, where there is one
-            branch = f"skip.{int(config.strides[int(stage)] > 1 and block == '0')}"
-        layer = f"encoder.stages.{stage}.blocks.{block}.{branch}"
-    names = [f"{layer}.{kind}.{what}", f"{layer}.all_modules.{('conv', 'norm').index(kind)}.{what}"]
-    return names if parts[0] == "decoder" else names + [f"decoder.{n}" for n in names]
+    return names_in_nnunet(config.model_type).tensor(name, config)
 
 
 def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> dict[str, torch.Tensor]:
@@ -108,7 +65,7 @@ def from_reference(
     names = {name: [prefix + n for n in reference_names(name, config)] for name in wanted}
     found = select(theirs, names, wanted, config, image_size)
     if token_order == "yxz":
-        found.weights = _from_yxz(found.weights, config, image_size)
+        found.weights = names_in_nnunet(config.model_type).from_yxz(found.weights, config, image_size)
         found.changed.append("tokens reordered from yxz to xyz")
     return found
 
@@ -152,13 +109,13 @@ def reference_prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
     Raises:
         ValueError: if the file holds no encoder of this type under their names, or several.
     """
-    anchor = ANCHORS[model_type]
+    anchor = names_in_nnunet(model_type).anchor
     prefixes = {n.removesuffix(anchor) for n in theirs if n.endswith(anchor) and not n.endswith("decoder." + anchor)}
     prefixes = {p for p in prefixes if not p or p.endswith(".")}
     if "" in prefixes or len(prefixes) == 1:
         return "" if "" in prefixes else prefixes.pop()
-    for other in ANCHORS.keys() - {model_type}:
-        if any(name.endswith(ANCHORS[other]) for name in theirs):
+    for other, row in ARCHITECTURES.items():
+        if row.nnunet and any(name.endswith(row.nnunet.anchor) for name in theirs):
             raise ValueError(f"these are the weights of a {other}, our encoder is a {model_type}")
     if prefixes:
         raise ValueError(f"the file holds several encoders ({', '.join(sorted(prefixes))}): keep one of them")
@@ -176,7 +133,11 @@ def _fit(
     """Repeat input channels, resize a position embedding; anything else stays as it is."""
     if tensor.shape == shape:
         return tensor
-    if name in ("patch_embed.weight", "stem.conv.weight") and tensor.shape[2:] == shape[2:] and len(tensor) == shape[0]:
+    if (
+        name == architecture(config.model_type).input_weight
+        and tensor.shape[2:] == shape[2:]
+        and len(tensor) == shape[0]
+    ):
         old, new = tensor.shape[1], shape[1]
         if new % old == 0:
             changed.append(f"input channels repeated from {old} to {new}")
@@ -199,30 +160,3 @@ def _grid(tokens: int, config: PretrainedConfig, image_size: tuple[int, ...] | N
     cube = (round(tokens ** (1 / 3)),) * 3
     told = tuple(i // p for i, p in zip(image_size, config.patch_size)) if image_size else cube
     return next((grid for grid in (told, cube) if math.prod(grid) == tokens), None)
-
-
-def _from_yxz(
-    weights: dict[str, torch.Tensor], config: PretrainedConfig, image_size: tuple[int, ...] | None
-) -> dict[str, torch.Tensor]:
-    """Renumber the tokens of weights trained with the second axis slowest, so that the features stay the same.
-
-    The position embedding is transposed. The rotary embedding turned the first third of each head's channels with the
-    second axis and the second third with the first: these channels of queries and keys change places.
-    """
-    for grid in (config.image_size, image_size or config.image_size):
-        if grid[0] != grid[1]:
-            raise ValueError(f"tokens in the order yxz can be converted only for crops with X = Y, not {list(grid)}")
-    return {name: _swap(name, tensor, config) for name, tensor in weights.items()}
-
-
-def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    if name.endswith("position_embedding"):
-        registers = tensor.shape[1] - math.prod(config.grid_size)
-        before, tokens = tensor.tensor_split([registers], dim=1)
-        tokens = tokens.unflatten(1, config.grid_size).transpose(1, 2).flatten(1, 3)
-        return torch.cat((before, tokens), dim=1)
-    if re.search(r"\.attention\.[qk]_proj\.", name):
-        heads = config.num_attention_heads
-        thirds = tensor.unflatten(0, (heads, 3, -1))
-        return thirds[:, [1, 0, 2]].flatten(0, 2)
-    return tensor

@@ -1,7 +1,45 @@
-"""Gathering tensors over ranks without cutting the gradient."""
+"""Gathering tensors over ranks without cutting the gradient, and counting what that would send."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass
+class Traffic:
+    """Bytes that a rank hands to collectives in a forward and backward pass; counted on one rank, for any number."""
+
+    gathered: int = 0  # tensors that every rank gets
+    gathered_gradients: int = 0  # those of them with a gradient, which is summed over ranks for the rows of all
+    summed: int = 0  # tensors of one size however many ranks there are
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that a rank sends, and receives as many; collectives around a ring."""
+        return (ranks - 1) * self.gathered + 2 * (ranks - 1) / ranks * (self.summed + ranks * self.gathered_gradients)
+
+
+_traffic: Traffic | None = None
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what passes through `gather_with_gradient` and the heads' batch norm meanwhile."""
+    global _traffic
+    _traffic = Traffic()
+    try:
+        yield _traffic
+    finally:
+        _traffic = None
+
+
+def note_traffic(**more: int) -> None:
+    """Add to the `Traffic` that is being counted, if any."""
+    if _traffic is not None:
+        for kind, size in more.items():
+            setattr(_traffic, kind, getattr(_traffic, kind) + size)
 
 
 class _AllGather(torch.autograd.Function):
@@ -23,6 +61,7 @@ def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
     Backward gives each rank the gradient of the sum of all ranks' losses, which data parallel training then averages.
     """
+    note_traffic(gathered=tensor.nbytes, gathered_gradients=tensor.nbytes * tensor.requires_grad)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor[None]
     return _AllGather.apply(tensor)

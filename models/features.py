@@ -1,22 +1,25 @@
-"""Dense features of an encoder: one map a crop, whatever the architecture."""
+"""Dense features of each encoder: one map a crop."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from transformers import PreTrainedModel
 
 from .modeling_primus import PrimusModel
+from .modeling_resenc import ResEncModel
 
 DENSE_STRIDE = (
     8  # all stages of a ResEnc are brought to one cell per 8^3 voxels: 16^3 cells on the published 128^3 crop
 )
 
 
-def dense_features(encoder: PreTrainedModel, views: torch.Tensor) -> torch.Tensor:
-    """What an encoder makes of unmasked crops `[B, C, X, Y, Z]`, without anything of pretraining: `[B, D, x, y, z]`."""
-    if isinstance(encoder, PrimusModel):
-        grid_size = [size // patch for size, patch in zip(views.shape[2:], encoder.config.patch_size)]
-        return tokens_to_map(encoder(views).last_hidden_state, grid_size)
+def primus_features(encoder: PrimusModel, views: torch.Tensor) -> torch.Tensor:
+    """The tokens of unmasked crops `[B, C, X, Y, Z]` as a map `[B, D, x, y, z]`."""
+    grid_size = [size // patch for size, patch in zip(views.shape[2:], encoder.config.patch_size)]
+    return tokens_to_map(encoder(views).last_hidden_state, grid_size)
+
+
+def resenc_features(encoder: ResEncModel, views: torch.Tensor) -> torch.Tensor:
+    """All stages of unmasked crops `[B, C, X, Y, Z]` as one map `[B, D, x, y, z]`."""
     return join_stages(encoder(views, output_hidden_states=True).hidden_states)
 
 

@@ -2,14 +2,13 @@
 
 import copy
 import math
-from collections.abc import Collection
 
 import torch
 from torch import nn
 
-from .cva import StudentOutput
 from .features import tokens_to_map
 from .modeling_primus import PrimusModel, PrimusTransformer, init_primus_weights
+from .pretraining import StudentOutput
 
 
 class PrimusFeatures(nn.Module):
@@ -82,14 +81,18 @@ class MaskedPrimus(nn.Module):
     """The student: encodes the visible tokens, then one decoder rebuilds voxels and another completes the features.
 
     Args:
-        terms: those of "reconstruction", "consistency" and "contrastive" that are trained; only their parts are built.
+        mask_ratio: share of the tokens that is hidden.
+        reconstructs, dense, pooled: which of voxels, dense and pooled features are wanted; only their parts are built.
+        decoder_layers: of each decoder.
     """
 
     def __init__(
         self,
         encoder: PrimusModel,
-        terms: Collection[str],
         mask_ratio: float,
+        reconstructs: bool,
+        dense: bool,
+        pooled: bool,
         decoder_layers: int,
         feature_decoder_heads: int,
     ):
@@ -97,14 +100,14 @@ class MaskedPrimus(nn.Module):
         config = encoder.config
         tokens = math.prod(config.grid_size)
         self.visible = tokens - int(mask_ratio * tokens)
-        self.describes = bool({"consistency", "contrastive"} & set(terms))
+        self.describes = dense or pooled
         feature_decoder = None
         if self.describes:
             feature_decoder = PrimusTransformer(config, decoder_layers, feature_decoder_heads)
             feature_decoder.apply(init_primus_weights)
-        self.features = PrimusFeatures(encoder, "contrastive" in terms, feature_decoder)
+        self.features = PrimusFeatures(encoder, pooled, feature_decoder)
         self.decoder = self.patch_decoder = None
-        if "reconstruction" in terms:
+        if reconstructs:
             self.decoder = PrimusTransformer(config, decoder_layers, config.num_attention_heads)
             self.decoder.apply(init_primus_weights)
             self.patch_decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_channels)

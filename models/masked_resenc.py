@@ -1,14 +1,14 @@
 """Masked autoencoding with ResEnc: masked voxels are set to zero, a U-Net decoder rebuilds them."""
 
 import copy
-from collections.abc import Collection
 
 import torch
 from torch import nn
 
-from .cva import StudentOutput
+from .configuration_resenc import ResEncConfig
 from .features import DENSE_STRIDE, join_stages
 from .modeling_resenc import ConvNorm, ResEncModel, init_resenc_weights
+from .pretraining import StudentOutput
 
 
 class ResEncFeatures(nn.Module):
@@ -66,20 +66,25 @@ class UNetDecoder(nn.Module):
         return self.output(x)
 
 
+def unet_decoder(config: ResEncConfig) -> UNetDecoder:
+    """The decoder that rebuilds what a ResEnc reads."""
+    return UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
+
+
 class MaskedResEnc(nn.Module):
     """The student: encoder on the masked crop, U-Net decoder for the voxels, all stages for the features.
 
     Args:
-        terms: those of "reconstruction", "consistency" and "contrastive" that are trained; only their parts are built.
+        reconstructs, dense, pooled: which of voxels, dense and pooled features are wanted; only their parts are built.
     """
 
-    def __init__(self, encoder: ResEncModel, terms: Collection[str]):
+    def __init__(self, encoder: ResEncModel, reconstructs: bool, dense: bool, pooled: bool):
         super().__init__()
         config = encoder.config
-        self.features = ResEncFeatures(encoder, "consistency" in terms, "contrastive" in terms)
+        self.features = ResEncFeatures(encoder, dense, pooled)
         self.decoder = None
-        if "reconstruction" in terms:
-            self.decoder = UNetDecoder(config.hidden_sizes, config.strides, config.num_channels, config.norm_eps)
+        if reconstructs:
+            self.decoder = unet_decoder(config)
 
     def teacher(self, same_path: bool) -> ResEncFeatures:
         """A copy of the features; its path is the student's own in any case."""

@@ -10,6 +10,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from torch import nn
 from transformers import PretrainedConfig
 
+from .architectures import ARCHITECTURES, architecture
 from .conversion import DECODERS, Conversion, from_reference, reference_prefix, select
 from .weight_files import read_json, read_weights
 
@@ -17,7 +18,7 @@ RUN_WEIGHTS = "pretraining.safetensors"  # a run's whole composite: student, tea
 ENCODER_WEIGHTS = "model.safetensors"
 NNUNET_CHECKPOINT = "checkpoint_final.pth"
 FILES = (RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", f"encoder/{ENCODER_WEIGHTS}", NNUNET_CHECKPOINT)
-OURS = ("patch_embed.weight", "stem.conv.weight")  # one of these is in every encoder of ours
+OURS = tuple(row.input_weight for row in ARCHITECTURES.values())  # one of these is in every encoder of ours
 # trainers whose Primus numbers its tokens with the first axis slowest, and with the second
 XYZ_TRAINERS = ("Aligned", "ConMAE", "ConsistentViewAlignment", "Gram", "SimMIM")
 YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva")
@@ -59,17 +60,17 @@ def _convert(
     token_order: str | None,
 ) -> Conversion:
     weights = {name.replace("_orig_mod.", ""): w for name, w in weights.items()}  # torch.compile's mark
-    ours = _ours(weights)
+    ours, names = _ours(weights), architecture(config.model_type).nnunet
+    has_tokens = names is not None and names.from_yxz is not None
     if ours is not None:
         if about.get("model_type", config.model_type) != config.model_type:
             raise ValueError(f"it is a {about['model_type']}, our encoder is a {config.model_type}")
         found = select(ours, {name: [name] for name in wanted}, wanted, config, about["image_size"])
     else:
         reference_prefix(weights, config.model_type)  # before a question about something that is not there
-        primus = config.model_type == "primus"
-        order = (token_order or _token_order(about["trainer_name"])) if primus else "xyz"
+        order = (token_order or about["token_order"] or _token_order(about["trainer_name"])) if has_tokens else "xyz"
         found = from_reference(weights, wanted, config, order, about["image_size"])
-    if token_order and (ours is not None or config.model_type != "primus"):
+    if token_order and (ours is not None or not has_tokens):
         found.changed.append("nothing for --init-token-order: the order of these tokens is known")
     return found
 
@@ -131,9 +132,11 @@ def _from_hub(source: str) -> Path:
 
 
 def _about(path: Path, content: dict) -> dict:
-    """What a checkpoint, or the configuration beside it, says of itself: trainer, crop, model type."""
+    """What a checkpoint, or the configuration beside it, says of itself: trainer, order of tokens, crop, model type."""
     trainer = content.get("trainer_name")
     about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None}
+    order = content.get("token_order")  # only ours say it
+    about["token_order"] = order if order in ("xyz", "yxz") else None
     plan = _dict(content.get("nnssl_adaptation_plan"))
     configurations = _dict(_dict(plan.get("pretrain_plan")).get("configurations"))
     sizes = [plan.get("pretrain_patch_size")]  # the plan's own word counts more, as in nnU-Net

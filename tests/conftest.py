@@ -44,8 +44,8 @@ TINY = [
     "train.steps=4",
     "train.batch_size=4",
     "train.warmup_steps=1",
-    "train.checkpoint_every=2",
-    "data.workers=0",
+    "run.checkpoint_every=2",
+    "run.workers=0",
 ]
 
 
@@ -80,6 +80,7 @@ def launch(
     launcher: list | None = None,
     script: Path = ROOT / "train_cva.py",
     cwd: Path = ROOT,
+    root: Path = ROOT,
     check: bool = True,
     gpus: str = "",
 ) -> subprocess.CompletedProcess:
@@ -88,7 +89,7 @@ def launch(
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(root),
         "CUDA_VISIBLE_DEVICES": gpus,
     }
     command = [str(part) for part in (*launcher, script, *arguments)]

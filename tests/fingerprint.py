@@ -47,7 +47,9 @@ STRATEGIES = {1: ("ddp",), 2: ("ddp", "zero2", "zero3", "fsdp2")}
 
 def fingerprint(output: Path) -> str:
     """Of the losses and gradient norms that a run logged, and of all weights that it ended with."""
-    records = [[record[key] for key in ("step", "loss", "grad_norm")] for record in read_metrics(output / "metrics.jsonl")]
+    records = [
+        [record[key] for key in ("step", "loss", "grad_norm")] for record in read_metrics(output / "metrics.jsonl")
+    ]
     found = hashlib.sha256(json.dumps(records).encode())
     for name, tensor in sorted(model_state(output / "checkpoints" / f"step_{records[-1][0]}").items()):
         found.update(name.encode() + tensor.numpy().tobytes())
@@ -55,9 +57,8 @@ def fingerprint(output: Path) -> str:
 
 
 def main() -> None:
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
-    cores = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {platform.machine()}, {cpu}, {cores} threads")
+    cpu = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {platform.machine()} with {cpu}, {torch.get_num_threads()} threads")
     folder = Path(tempfile.mkdtemp())
     for seed in range(2):
         save_nifti(folder / "data" / f"{seed}.nii", blobs(seed))
@@ -70,7 +71,17 @@ def main() -> None:
             if strategy == "ddp" or number < 2
         ]
         runs = [
-            {"arguments": ["--config", str(config(strategy)), "--data", str(folder / "data"), "--output", str(output), *numbers]}
+            {
+                "arguments": [
+                    "--config",
+                    str(config(strategy)),
+                    "--data",
+                    str(folder / "data"),
+                    "--output",
+                    str(output),
+                    *numbers,
+                ]
+            }
             for _, strategy, output, numbers in planned
         ]
         (folder / "runs.json").write_text(json.dumps(runs))

@@ -1,9 +1,10 @@
-"""Run train_cva.py several times in one set of processes, which saves the imports: `several_runs.py RUNS.json`.
+"""Run scripts several times in one set of processes, which saves the imports: `several_runs.py RUNS.json`.
 
-Each run of the list has `arguments`, and may have `stop_at` (the last rank gets SIGTERM in this step) and `poison`
-(sample numbers whose views become NaN).
+Each run of the list has `arguments`, and may have `script` (its module, else train_cva), `stop_at` (the last rank gets
+SIGTERM in this step) and `poison` (sample numbers whose views become NaN).
 """
 
+import importlib
 import json
 import os
 import signal
@@ -12,30 +13,28 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 
-import train_cva
+import training.run
+from benchmarks.cpu_ranks import offer_fsdp
+from training.launch import parse_arguments
+from training.schedules import learning_rate
 
-make_batch, learning_rate = train_cva.make_batch, train_cva.learning_rate
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run has the same ranks
 
 
-def fsdp_on_cpu() -> None:
-    """Accelerate offers FSDP to GPUs only; these lines let a test have it on a CPU."""
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def run(arguments: list[str], stop_at: int | None, poisoned: list[int]) -> int:
+def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = None, poison: list[int] = ()) -> int:
     """One run; returns its exit code."""
+    module = importlib.import_module(script)
+    make_batch = module.make_batch
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     deepspeed.comm.comm.cdb = None
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if any(Path(argument).stem.startswith("fsdp") for argument in arguments):
-        fsdp_on_cpu()
+        offer_fsdp()
 
     def watched_rate(step, *numbers):
         if step + 1 == stop_at and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
@@ -44,25 +43,27 @@ def run(arguments: list[str], stop_at: int | None, poisoned: list[int]) -> int:
 
     def poisoned_batch(samples, *rest):
         batch = make_batch(samples, *rest)
-        bad = torch.isin(samples["pair"], torch.tensor(poisoned, dtype=torch.long))
+        bad = torch.isin(samples["pair"], torch.tensor(poison, dtype=torch.long))
         return batch | {"views": torch.where(bad[:, None, None, None, None], torch.nan, batch["views"])}
 
-    train_cva.learning_rate = watched_rate
-    train_cva.make_batch = poisoned_batch if poisoned else make_batch
+    training.run.learning_rate = watched_rate
+    module.make_batch = poisoned_batch if poison else make_batch
     try:
-        train_cva.main(train_cva.parse_arguments(arguments))
+        module.main(parse_arguments(module.__doc__, arguments))
     except SystemExit as end:
         return end.code
     except FloatingPointError as error:
         print(f"FloatingPointError: {error}", flush=True)
         return 2
+    finally:
+        module.make_batch = make_batch
     return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for number, planned in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        code = run(planned["arguments"], planned.get("stop_at"), planned.get("poison", []))
+        code = run(**planned)
         if os.environ["RANK"] == "0":
             print(f"run {number} exit {code}", flush=True)
-    os._exit(0)  # as train_cva.py does
+    os._exit(0)  # as the scripts do

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from training.checkpoints import Writer, complete_checkpoints, damage, load, newest_checkpoint
+from training.checkpoints import FORMAT, Writer, complete_checkpoints, damage, load, newest_checkpoint
 from training.metrics import read_metrics
 from training.state import Piece, pieces, set_updates_made, updates_made
 
@@ -65,7 +65,7 @@ def test_the_last_two_are_kept(tmp_path):
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_4", "step_10"]
     path, meta = newest_checkpoint(tmp_path)
     assert path.name == "step_10"
-    assert meta == {"step": 10, "updates": 0, "data": "x"}
+    assert meta == {"format": FORMAT, "step": 10, "updates": 0, "data": "x"}
     assert not list(tmp_path.glob("tmp-*"))
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=path, check=True)
@@ -98,6 +98,16 @@ def test_incomplete_ones_are_ignored_with_a_warning(tmp_path):
     assert len(warned) == 1
     training.save(6)  # and they do not stand in the way
     assert {p.name for p in tmp_path.iterdir()} == {"step_2", "step_6"}
+
+
+def test_those_of_an_earlier_version_are_refused_and_untouched(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checkpoints.FORMAT", None)
+    Training(tmp_path).save(2)
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "step_2").iterdir()}
+    with pytest.raises(ValueError, match=r"step_2 was written by an earlier version .* start anew with another"):
+        newest_checkpoint(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "step_2").iterdir()} == before
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

@@ -15,14 +15,14 @@ from conftest import ROOT, TINY, config, launch
 from training.checkpoints import complete_checkpoints
 from training.guards import STOPPED, Guard, poison, skip_if_not_finite
 from training.metrics import read_metrics
-from training.output import lock_output
+from training.run_folder import RunFolder
 from training.state import pieces
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from training.output import lock_output
-lock = lock_output(Path(sys.argv[1]))
+from training.run_folder import RunFolder
+lock = RunFolder(Path(sys.argv[1])).lock()
 print("locked", flush=True)
 time.sleep(600)
 """
@@ -33,11 +33,11 @@ def test_an_output_is_for_one_run_at_a_time_and_free_after_a_kill(tmp_path):
     try:
         assert other.stdout.readline() == b"locked\n"
         with pytest.raises(ValueError, match=rf"is in use by process {other.pid} on .*: stop that run"):
-            lock_output(tmp_path, seconds=0.1)
+            RunFolder(tmp_path).lock(seconds=0.1)
     finally:
         other.kill()
         other.wait()
-    lock_output(tmp_path, seconds=5).release()
+    RunFolder(tmp_path).lock(seconds=5).release()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
@@ -48,10 +48,10 @@ def test_a_file_system_without_locks_is_said_and_one_that_fails_is_not_hidden(tm
     monkeypatch.setattr("fcntl.flock", flock)
     if number == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(number)):
-            lock_output(tmp_path)
+            RunFolder(tmp_path).lock()
     else:
         with pytest.warns(UserWarning, match="is on a file system without locks"):
-            lock_output(tmp_path)
+            RunFolder(tmp_path).lock()
 
 
 # ------------------------------------------------------------------ steps that are not finite
@@ -196,6 +196,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 import train_cva
 from training.command_line import run
+from training.launch import parse_arguments
 
 real, jumps = time.time, itertools.cycle([1e9, -1e9])
 time.time = lambda: real() + next(jumps)
@@ -205,7 +206,7 @@ def unreachable(*_, **__):
 
 call = sys.argv.pop(1)
 setattr(TensorBoardTracker if call == "finish" else Accelerator, call, unreachable)
-run("train_cva.py", lambda: train_cva.main(train_cva.parse_arguments()))
+run("train_cva.py", lambda: train_cva.main(parse_arguments(train_cva.__doc__)))
 """
 
 
@@ -216,8 +217,8 @@ run("train_cva.py", lambda: train_cva.main(train_cva.parse_arguments()))
 )
 def test_a_tracker_that_fails_and_a_clock_that_jumps_stop_nothing(tmp_path, volumes, call, said):
     (tmp_path / "trouble.py").write_text(TROUBLE)
-    numbers = [*TINY, "train.log_every=2", "train.checkpoint_in_background=true"]
-    numbers += ["train.checkpoint_every=100", "train.checkpoint_minutes=0.0001"]
+    numbers = [*TINY, "run.log_every=2", "run.checkpoint_in_background=true"]
+    numbers += ["run.checkpoint_every=100", "run.checkpoint_minutes=0.0001"]
     arguments = ["--config", config("ddp"), "--data", volumes, "--output", tmp_path / "run", *numbers]
     done = launch(call, *arguments, script=tmp_path / "trouble.py")
     assert f"the tracker {said} (no route to host)" in done.stderr
@@ -229,7 +230,7 @@ def test_a_tracker_that_fails_and_a_clock_that_jumps_stop_nothing(tmp_path, volu
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_also_those_that_load_data_saves_a_checkpoint(tmp_path, volumes):
-    numbers = [*TINY, "train.steps=2000", "train.warmup_steps=1", "train.checkpoint_every=2000", "data.workers=2"]
+    numbers = [*TINY, "train.steps=2000", "train.warmup_steps=1", "run.checkpoint_every=2000", "run.workers=2"]
     arguments = ["--config", config("ddp"), "--data", volumes, "--output", tmp_path / "run", *numbers]
     command = [sys.executable, ROOT / "train_cva.py", *map(str, arguments)]
     with open(tmp_path / "log", "w") as log:

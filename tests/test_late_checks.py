@@ -3,17 +3,21 @@
 import collections
 import shutil
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, TINY, blobs, config, save_nifti
 
 import train_cva
-from training import late_checks
-from training.dry_run import dry_run
-from training.estimate import step_cost, step_inputs
-from training.plan import checkpoint_bytes, memory, weights_of
+from planning import late_checks
+from planning.dry_run import dry_run
+from planning.plan import checkpoint_bytes, memory, weights_of
+from training.estimate import noise_batch, step_cost
+from training.launch import Launch
 from training.recipe import load_recipe
+from training.run_folder import RunFolder
 from training.strategy import read_strategy
 
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -21,23 +25,30 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 
 @pytest.fixture
 def check(tmp_path, capsys):
-    recipe, settings = load_recipe(DEMO, TINY), read_strategy(config("zero2"))
+    recipe, strategy = load_recipe(DEMO, TINY, train_cva.CVARecipe), read_strategy(config("zero2"))
     weights = weights_of(train_cva.build_model(recipe))
     save_nifti(tmp_path / "data" / "a.nii", blobs(0))
     usual = {
+        "launch": Launch(
+            strategy,
+            RunFolder(tmp_path / "run"),
+            tmp_path / "run" / "prepared",
+            tmp_path / "data",
+            init_from=None,
+            token_order=None,
+            resume=False,
+            wandb=False,
+            ranks=2,
+            volumes=2,
+        ),
         "recipe": recipe,
         "weights": weights,
-        "settings": settings,
-        "ranks": 2,
-        "memory": memory(weights, recipe, settings, 2, [(0, 1e6)]),
-        "data": tmp_path / "data",
-        "prepared": tmp_path / "run" / "prepared",
-        "output": tmp_path / "run",
-        "wandb": False,
+        "memory": memory(weights, recipe, strategy, 2, [(0, 1e6)]),
     }
 
-    def run(**changed):
-        passed = late_checks.check_late_failures(**{**usual, **changed})
+    def run(memory=usual["memory"], **changed):
+        launch = replace(usual["launch"], **changed)
+        passed = late_checks.check_late_failures(launch, recipe, weights, memory)
         lines = capsys.readouterr().out.splitlines()
         assert all(line.startswith(("ok ", "FAILS ")) for line in lines)
         failed = [line for line in lines if line.startswith("FAILS ")]
@@ -70,7 +81,7 @@ def test_files_that_cannot_be_read(check, tmp_path):
 
 def test_a_folder_that_cannot_be_written(check, tmp_path):
     (tmp_path / "file").write_text("")  # also root cannot write below a file
-    lines = check(output=tmp_path / "file" / "run")
+    lines = check(folder=RunFolder(tmp_path / "file" / "run"))
     assert len(lines) == 1
     assert "--output" in lines[0]
     assert "choose another folder" in lines[0]
@@ -118,17 +129,18 @@ def test_a_gpu_that_is_too_small(check, monkeypatch):
     small = type("Properties", (), {"total_memory": 1e6})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     (line,) = check()
-    assert "train.gradient_checkpointing=true" in line
+    assert "run.gradient_checkpointing=true" in line
 
 
 def test_the_whole_plan_at_once(check, capsys):
     usual = check.usual
-    model = train_cva.build_model(usual["recipe"])
-    cost = step_cost(model, step_inputs(usual["recipe"], 2))
-    places = (usual["data"], usual["prepared"], usual["output"], False)
-    assert dry_run(usual["recipe"], usual["settings"], model, cost, 2, *places)
+    recipe, launch = usual["recipe"], usual["launch"]
+    model = train_cva.build_model(recipe)
+    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe, model)
+    cost = step_cost(model, noise(), 2)
+    assert dry_run(launch, recipe, model, cost, noise)
     shown = capsys.readouterr().out
     assert "measured on this cpu" in shown
     assert shown.count("\nok  ") == 8
-    assert not dry_run(usual["recipe"], usual["settings"], model, cost, 3, *places, tflops=100)
+    assert not dry_run(replace(launch, ranks=3), recipe, model, cost, noise, tflops=100)
     assert "given" in capsys.readouterr().out

@@ -1,21 +1,44 @@
 """Encoders, students and the composite."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from losses.cva import cva_objective
-from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, build_cva, build_encoder
-from models.features import dense_features, join_stages, tokens_to_map
+from models import (
+    PRIMUS_SIZES,
+    PrimusConfig,
+    PrimusModel,
+    ResEncConfig,
+    ResEncModel,
+    architecture,
+    build_encoder,
+    dense_features,
+)
+from models.cva import ConsistentViewAlignment
+from models.features import join_stages, tokens_to_map
 from models.masked_primus import patch_decoder
+from training.student import checkpoint_gradients
 
 PUBLISHED = {"reconstruction": 5.0, "consistency": 1.0, "contrastive": 0.1}
 PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 1, 2]}
 
 
+def build_cva(encoder, objective, weights, mask_ratio, decoder, *rest):
+    """The composite around an encoder; `decoder` has the sizes of a Primus' decoders."""
+    wanted = {"reconstructs": "reconstruction", "dense": "consistency", "pooled": "contrastive"}
+    wanted = {switch: term in weights for switch, term in wanted.items()}
+    build = architecture(encoder.config.model_type).student
+    return ConsistentViewAlignment(
+        build(encoder, SimpleNamespace(**decoder), mask_ratio, **wanted), objective, weights, *rest
+    )
+
+
 def tiny_cva(
-    architecture="primus",
+    name="primus",
     crop_size=(32, 16, 48),
     checkpointing=False,
     precision="fp32",
@@ -26,13 +49,13 @@ def tiny_cva(
     mask_ratio=0.75,
 ):
     torch.manual_seed(0)
-    primus = architecture == "primus"
-    encoder = build_encoder(
-        architecture, crop_size, {}, **(PRIMUS | {"drop_path_rate": drop_path} if primus else RESENC)
-    )
-    decoder = {"decoder_layers": 1, "feature_decoder_heads": 4} if primus else {}
+    sizes = {"primus": PRIMUS | {"drop_path_rate": drop_path}, "resenc": RESENC}[name]
+    encoder, decoder = build_encoder(name, crop_size, {}, **sizes), {"decoder_layers": 1, "feature_decoder_heads": 4}
     objective = cva_objective(consistency, 0.5)
-    return build_cva(encoder, objective, weights, mask_ratio, decoder, teacher, 32, 16, precision, checkpointing)
+    model = build_cva(encoder, objective, weights, mask_ratio, decoder, teacher, 32, 16, precision)
+    if checkpointing:
+        checkpoint_gradients(model.student)
+    return model
 
 
 def batch(volumes=3, crop_size=(32, 16, 48), block=8, seed=0, mask_ratio=0.75):
@@ -76,14 +99,11 @@ def test_resenc_l_has_its_published_size():
 
 
 def test_published_students_have_their_published_size():
-    heads = {"teacher": "published", "projector_size": 2048, "predictor_size": 512}
-    rest = {"objective": None, "weights": PUBLISHED, "mask_ratio": 0.75, **heads, "precision": "fp32"}
+    decoder = {"decoder_layers": 2, "feature_decoder_heads": 16}
+    rest = None, PUBLISHED, 0.75, decoder, "published", 2048, 512
     with torch.device("meta"):
-        encoder = PrimusModel._from_config(PrimusConfig(image_size=(64, 64, 64)))
-        decoder = {"decoder_layers": 2, "feature_decoder_heads": 16}
-        primus = build_cva(encoder, decoder=decoder, gradient_checkpointing=False, **rest)
-        encoder = ResEncModel._from_config(ResEncConfig())
-        resenc = build_cva(encoder, decoder={}, gradient_checkpointing=False, **rest)
+        primus = build_cva(PrimusModel._from_config(PrimusConfig(image_size=(64, 64, 64))), *rest)
+        resenc = build_cva(ResEncModel._from_config(ResEncConfig()), *rest)
     for model, expected in ((primus, 194.4), (resenc, 115.1)):
         assert millions(model.student) + millions(model.projector) + millions(model.predictor) == pytest.approx(
             expected, abs=0.1
@@ -181,21 +201,23 @@ def test_the_student_sees_what_is_visible_and_the_teacher_everything(architectur
     hidden = data["mask"][:, None]
     for axis in (2, 3, 4):
         hidden = hidden.repeat_interleave(8, axis)
-    plain = model.forward_views(**data)
+    plain = model.outputs(**data)
     assert torch.equal(plain["voxel_mask"], hidden)
-    changed = model.forward_views(**data | {"views": torch.where(hidden, data["views"] + 3, data["views"])})
+    changed = model.outputs(**data | {"views": torch.where(hidden, data["views"] + 3, data["views"])})
     for name in ("student_dense", "student_embedding"):
         assert torch.equal(changed[name], plain[name])
     for name in ("teacher_dense", "teacher_embedding"):
         assert not torch.allclose(changed[name], plain[name])
-    other = model.forward_views(**data | {"target": data["target"] + 3})
+    other = model.outputs(**data | {"target": data["target"] + 3})
     for name in ("student_dense", "student_embedding", "teacher_dense", "teacher_embedding", "reconstructed"):
         assert torch.equal(other[name], plain[name])
     dense, pooled = model.teacher["features"](data["views"])
     assert torch.equal(plain["teacher_embedding"], model.teacher["projector"](pooled))
     rows = model.teacher["projector"](dense.movedim(1, -1).flatten(0, -2))
     torch.testing.assert_close(plain["teacher_dense"].movedim(1, -1).flatten(0, -2), rows)
-    assert tiny_cva(architecture, precision="bf16").forward_views(**data)["student_dense"].dtype == torch.bfloat16
+    assert (
+        tiny_cva(architecture, precision="bf16")(**data, return_outputs=True)["student_dense"].dtype == torch.bfloat16
+    )
 
 
 def test_visible_tokens_go_back_to_their_places():
@@ -212,7 +234,7 @@ def test_visible_tokens_go_back_to_their_places():
 def test_embeddings_survive_bf16(architecture):
     """Pooled features of crops are alike; rounded to bfloat16 on the way, they would lose what tells them apart."""
     data = batch()
-    plain, rough = (tiny_cva(architecture, precision=p).forward_views(**data) for p in ("fp32", "bf16"))
+    plain, rough = (tiny_cva(architecture, precision=p).outputs(**data) for p in ("fp32", "bf16"))
     for name in ("student_embedding", "teacher_embedding"):
         assert rough[name].dtype == torch.float32
         alike = F.cosine_similarity(plain[name], rough[name], dim=1)
@@ -255,7 +277,7 @@ def test_gradient_norms_are_those_of_each_term_where_it_enters_the_encoder(archi
     model, data = tiny_cva(architecture), batch()
     losses = model(**data, gradient_norms=True)
     for term, weight in PUBLISHED.items():
-        outputs = model.forward_views(**data)
+        outputs = model.outputs(**data)
         loss = weight * model.objective(outputs, lambda t: t[None])[term]
         gradients = torch.autograd.grad(loss, outputs["encoded"], allow_unused=True)
         norm = torch.cat([g.flatten() for g in gradients if g is not None]).norm()
@@ -316,7 +338,7 @@ def test_teacher_is_the_moving_average_of_the_student(path):
 def test_a_teacher_of_the_same_path_sees_what_the_unmasked_student_sees():
     for path, agrees in (("same", True), ("published", False)):
         model = tiny_cva(teacher=path, mask_ratio=0.0).eval()
-        outputs = model.forward_views(**batch(mask_ratio=0.0))
+        outputs = model.outputs(**batch(mask_ratio=0.0))
         student = model.student(
             outputs["target"] * 0, outputs["voxel_mask"][:, 0, ::8, ::8, ::8], outputs["voxel_mask"]
         )

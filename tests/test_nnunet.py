@@ -2,6 +2,7 @@
 
 import json
 import pydoc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,11 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from test_reference import difference, tokens_of
 
-from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel
-from models.masked_primus import MaskedPrimus
+from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, architecture
 from models.masked_resenc import MaskedResEnc
 from models.nnunet import adaptation_plan, checkpoint
 from models.warm_start import load_pretrained
-from training.export import preprocessing
+from training.student import preprocessing
 
 PRIMUS = {"PrimusS": PrimusS, "PrimusB": PrimusB, "PrimusM": PrimusM, "PrimusL": PrimusL}
 RESENC_L = {  # what nnU-Net's main branch builds for the name, and its ResEnc-L planner for large isotropic volumes
@@ -123,10 +123,10 @@ def assert_same_features(network, encoder, crop):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pretrained", "fresh"])
 def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys):
-    student = MaskedResEnc(resenc(), {"reconstruction"}).eval()
+    student = MaskedResEnc(resenc(), reconstructs=True, dense=False, pooled=False).eval()
     encoder = student.features.encoder
     given = student.decoder.state_dict() if decoder == "pretrained" else None
-    path = written(checkpoint(encoder, given, "test"), tmp_path)
+    path = written(checkpoint(encoder, given, "test", {}), tmp_path)
     network = get_network_from_plans(
         "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
         RESENC_L,
@@ -153,7 +153,7 @@ def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_plan_loads_resenc_l(channels, tmp_path):
     encoder = resenc()
-    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), channels)
+    network = fine_tune_from(written(checkpoint(encoder, None, "test", {}), tmp_path), channels)
     crop = torch.randn(1, 1, 64, 64, 64).expand(-1, channels, -1, -1, -1)
     assert_same_features(network, encoder.resize_input_channels(channels), crop)
 
@@ -162,7 +162,7 @@ def test_the_plan_loads_resenc_l(channels, tmp_path):
 @pytest.mark.parametrize("channels", [1, 2])
 def test_the_plan_loads_primus_m(channels, tmp_path):
     encoder = primus()
-    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), channels)
+    network = fine_tune_from(written(checkpoint(encoder, None, "test", {}), tmp_path), channels)
     crop = torch.randn(1, 1, 32, 24, 40).expand(-1, channels, -1, -1, -1)
     assert_same_features(network, encoder.resize_input_channels(channels), crop)
 
@@ -170,13 +170,13 @@ def test_the_plan_loads_primus_m(channels, tmp_path):
 @pytest.mark.slow
 def test_another_patch_size_downstream_gives_our_features_of_that_size(tmp_path):
     encoder = primus(**PRIMUS_SIZES["S"])
-    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path), patch_size=[24, 32, 16])
+    network = fine_tune_from(written(checkpoint(encoder, None, "test", {}), tmp_path), patch_size=[24, 32, 16])
     assert_same_features(network, encoder, torch.randn(1, 1, 24, 32, 16))
 
 
 @pytest.mark.parametrize("encoder", [primus(**TINY_PRIMUS), resenc(**TINY_RESENC)], ids=["primus", "resenc"])
 def test_sizes_without_a_name_are_spelled_out(encoder, tmp_path):
-    network = fine_tune_from(written(checkpoint(encoder, None, "test"), tmp_path))
+    network = fine_tune_from(written(checkpoint(encoder, None, "test", {}), tmp_path))
     assert_same_features(network, encoder, torch.randn(2, 1, *encoder.config.image_size))
 
 
@@ -204,18 +204,17 @@ def test_an_encoder_that_nnunet_cannot_build_is_refused():
 
 def test_one_tensor_is_stored_once(tmp_path):
     encoder = resenc(**TINY_RESENC)
-    path = written(checkpoint(encoder, None, "test"), tmp_path)
-    parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder, {"reconstruction"}).parameters())
+    path = written(checkpoint(encoder, None, "test", {}), tmp_path)
+    parameters = 4 * sum(p.numel() for p in MaskedResEnc(encoder, True, False, False).parameters())
     assert path.stat().st_size < 1.5 * parameters + 100_000  # four names a tensor, one copy
 
 
 @pytest.mark.parametrize("encoder", [primus(**TINY_PRIMUS), resenc(**TINY_RESENC)], ids=["primus", "resenc"])
 def test_our_own_checkpoint_is_a_warm_start_that_asks_nothing(encoder, tmp_path):
-    path = written(checkpoint(encoder, None, "test"), tmp_path)
+    path = written(checkpoint(encoder, None, "test", {}), tmp_path)
     fresh = type(encoder)(encoder.config)
-    terms = {"reconstruction", "consistency", "contrastive"}
-    student = (
-        MaskedResEnc(fresh, terms) if encoder.config.model_type == "resenc" else MaskedPrimus(fresh, terms, 0.75, 1, 2)
-    )
+    decoders = SimpleNamespace(decoder_layers=1, feature_decoder_heads=2)
+    wanted = {"reconstructs": True, "dense": True, "pooled": True}
+    student = architecture(encoder.config.model_type).student(fresh, decoders, 0.75, **wanted)
     load_pretrained(student, str(path))
     assert all(torch.equal(w, encoder.state_dict()[name]) for name, w in fresh.state_dict().items())

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from conftest import ROOT, TINY, config
 
 import train_cva
 from benchmarks.memory import compare
-from training.dry_run import measured_tflops, print_plan, seconds_a_step
-from training.estimate import random_batch, step_cost, step_inputs
-from training.plan import (
+from models.distributed import Traffic
+from planning.dry_run import measured_tflops, print_plan, seconds_a_step
+from planning.plan import (
     PARTS,
     Weight,
     communication,
@@ -25,14 +27,24 @@ from training.plan import (
     zero_partition,
     zero_touched,
 )
+from training.estimate import noise_batch, step_cost
 from training.recipe import load_recipe
 from training.strategy import read_strategy
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 RESENC = ["model={architecture: resenc, hidden_sizes: [8, 16, 32], strides: [1, 2, 2], depths: [1, 1, 1]}"]
 RESENC += ["mask.block=16"]
+SIMCLR = ["loss.reconstruction_weight=0", "loss.consistency=none", "loss.consistency_weight=0", "teacher=null"]
 SMALL = ["views.crop_size=[32,32,32]", "views.cells=[3,3,3]"]
 NARROW = [*SMALL, "model.hidden_size=384"]  # 76 MB of weights, 22 MB of activations
+
+
+def recipe_of(*overrides):
+    return load_recipe(DEMO, overrides, train_cva.CVARecipe)
+
+
+def batch_of(recipe, model, volumes=1):
+    return noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model, volumes)
 
 
 # ------------------------------------------------------------------ memory
@@ -59,26 +71,27 @@ def test_memory_of_two_ranks(name, tmp_path):
 def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpointing):
     """Nothing is computed for the prediction; the profiler's record of every tensor is what it is held against."""
     numbers = [*SMALL, *(["model.hidden_size=96"] if architecture == "primus" else RESENC)]
-    numbers += [f"train.precision={precision}", f"train.gradient_checkpointing={checkpointing}"]
-    recipe = load_recipe(DEMO, numbers)
+    numbers += [f"train.precision={precision}", f"run.gradient_checkpointing={checkpointing}"]
+    recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe).train()
-    inputs = step_inputs(recipe, 4)
-    cost = step_cost(model, inputs)
+    cost = step_cost(model, batch_of(recipe, model), 4)
+    data = batch_of(recipe, model, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(**random_batch(inputs, recipe.mask.ratio, torch.device("cpu")))["loss"].backward()
+        model(**{key: value.clone() for key, value in data.items()})["loss"].backward()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     measured = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max().item()
-    assert max(done + rest for done, rest in cost["timeline"]) == pytest.approx(measured, rel=0.1)
+    assert max(done + rest for done, rest in cost.timeline) == pytest.approx(measured, rel=0.1)
     complete = sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
-    assert cost["timeline"][-1][0] == complete  # gradients are told apart from the rest
+    assert cost.timeline[-1][0] == complete  # gradients are told apart from the rest
 
 
 def test_checkpointing_lowers_the_peak():
     peaks = []
     for switch in (False, True):
-        recipe = load_recipe(DEMO, [*SMALL, f"train.gradient_checkpointing={switch}"])
-        peaks.append(step_cost(train_cva.build_model(recipe), step_inputs(recipe, 2))["peak_bytes"])
+        recipe = recipe_of(*SMALL, f"run.gradient_checkpointing={switch}")
+        model = train_cva.build_model(recipe)
+        peaks.append(step_cost(model, batch_of(recipe, model), 2).peak_bytes)
     assert peaks[1] < 0.9 * peaks[0]
 
 
@@ -147,13 +160,13 @@ def test_shards_of_thousands_of_ranks():
 
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_what_more_ranks_and_offloading_save(name):
-    recipe, settings = load_recipe(DEMO, NARROW), read_strategy(config(name))
+    recipe, strategy = recipe_of(*NARROW), read_strategy(config(name))
     model = train_cva.build_model(recipe)
     weights, timeline = weights_of(model), [(0, 1e6)]
     trained, teacher = elements(weights)
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert teacher == sum(p.numel() for p in model.teacher.parameters())
-    few, many = (memory(weights, recipe, settings, ranks, timeline) for ranks in (2, 64))
+    few, many = (memory(weights, recipe, strategy, ranks, timeline) for ranks in (2, 64))
     for parts in (few, many):
         assert parts["total"] == sum(parts[part] for part in PARTS)
         assert parts["host"] == 0
@@ -162,15 +175,14 @@ def test_what_more_ranks_and_offloading_save(name):
     assert (few["teacher"] == 4 * teacher) == (name in ("ddp", "zero1", "zero2"))
     if name == "ddp":
         return
-    for section, change in {
-        "fsdp": {"cpu_offload": True},
-        "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
-    }.items():
-        if section in settings:
-            away = memory(weights, recipe, {section: {**settings[section], **change}}, 2, timeline)
-            assert away["optimiser"] == 0
-            assert away["host"] >= few["optimiser"]
-            assert away["total"] < few["total"]
+    offloaded = {"cpu_offload": True}
+    if strategy.kind == "zero":
+        offloaded = {"zero_optimization": {**strategy.zero, "offload_optimizer": {"device": "cpu"}}}
+    strategy = replace(strategy, settings={**strategy.settings, **offloaded})
+    away = memory(weights, recipe, strategy, 2, timeline)
+    assert away["optimiser"] == 0
+    assert away["host"] >= few["optimiser"]
+    assert away["total"] < few["total"]
 
 
 # ------------------------------------------------------------------ communication and time
@@ -182,17 +194,19 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import train_cva
-from training.estimate import random_batch, step_inputs
+from training.estimate import noise_batch
 from training.recipe import load_recipe
 
 ranks, sent = 4, 0
-recipe = load_recipe(train_cva.HERE / "recipes" / "demo.yaml", sys.argv[1:])
+recipe = load_recipe(train_cva.DEMO, sys.argv[1:], train_cva.CVARecipe)
 model = train_cva.build_model(recipe)
+per_rank = recipe.train.batch_size // ranks
+batch = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model, per_rank)
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 def all_gather(gathered, tensor):
     global sent
-    sent += (ranks - 1) * tensor.nbytes * tensor.is_floating_point()
+    sent += (ranks - 1) * tensor.nbytes
     for place in gathered:
         place.copy_(tensor)
 
@@ -201,35 +215,35 @@ def all_reduce(tensor):
     sent += 2 * (ranks - 1) / ranks * tensor.nbytes
 
 dist.all_gather, dist.all_reduce = all_gather, all_reduce
-per_rank = recipe.train.batch_size // ranks
-model(**random_batch(step_inputs(recipe, per_rank), recipe.mask.ratio, torch.device("cpu")))["loss"].backward()
+model(**batch)["loss"].backward()
 print("sent", sent)
 """
 
 
-@pytest.mark.parametrize("more", [[], ["loss.consistency=c_cva"]])
+@pytest.mark.parametrize("more", [[], ["loss.consistency=c_cva"], SIMCLR])
 def test_what_the_heads_send(more):
-    """Counted at the calls of a step."""
+    """As told by one rank, against the calls that one of four really makes in a step."""
     numbers = [*TINY, *more]
     command = [sys.executable, "-c", HEADS, *numbers]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counted = float(next(line for line in done.stdout.splitlines() if line.startswith("sent ")).split()[1])
-    recipe = load_recipe(DEMO, numbers)
-    weights = weights_of(train_cva.build_model(recipe))
-    assert communication(weights, recipe, {"ddp": {}}, 4)["heads"] == counted
+    recipe = recipe_of(*numbers)
+    model = train_cva.build_model(recipe)
+    assert step_cost(model, batch_of(recipe, model), recipe.train.batch_size // 4).traffic.sent(4) == counted
 
 
 def test_communication_by_strategy():
-    recipe = load_recipe(DEMO, NARROW)
+    recipe = recipe_of(*NARROW)
     weights = weights_of(train_cva.build_model(recipe))
     trained, teacher = (4 * n for n in elements(weights))
 
     def sent(name, ranks, accumulate=1):
-        settings = read_strategy(config(name))
         train = recipe.train.model_copy(update={"accumulate": accumulate})
-        kinds = communication(weights, recipe.model_copy(update={"train": train}), settings, ranks)
-        return {kind: size for kind, size in kinds.items() if kind != "heads"}
+        repeated = recipe.model_copy(update={"train": train})
+        kinds = communication(weights, repeated, read_strategy(config(name)), ranks, Traffic(gathered=7))
+        assert kinds.pop("heads and losses") == accumulate * (ranks - 1) * 7
+        return kinds
 
     for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
         assert set(sent(name, 1).values()) == {0}
@@ -244,10 +258,11 @@ def test_communication_by_strategy():
 
 def test_time(capsys):
     assert seconds_a_step(flops=2e12, accumulate=3, tflops=100) == pytest.approx(0.06)
-    recipe = load_recipe(DEMO, TINY)
+    recipe = recipe_of(*TINY)
     model, device = train_cva.build_model(recipe), torch.device("cpu")
-    assert 0 < measured_tflops(model, recipe, step_cost(model, step_inputs(recipe, 1))["flops"], device) < 100
-    assert measured_tflops(model, recipe, 1e15, device) is None
+    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe, model)
+    assert 0 < measured_tflops(model, noise, step_cost(model, noise(), 1).flops, device) < 100
+    assert measured_tflops(model, noise, 1e15, device) is None
     parts = {**dict.fromkeys((*PARTS, "total"), 1e9), "host": 2e9}
     print_plan(recipe, 8, parts, {"gradients, all-reduce": 3e9}, 36e12, 100, "given by --tflops")
     shown = capsys.readouterr().out

@@ -30,9 +30,9 @@ TINY_RESENC = [
     "heads.projector_size=32",
     "heads.predictor_size=16",
     "train.steps=4",
-    "train.checkpoint_every=2",
-    "train.log_every=1",
-    "data.workers=0",
+    "run.checkpoint_every=2",
+    "run.log_every=1",
+    "run.workers=0",
 ]
 FILES = {
     "README.md",
@@ -124,7 +124,7 @@ def test_the_model_card_says_what_is_known(bundle):
         f"Recipe `{recipe}`, 4 of 4 steps",
         "drawn from 3 volumes, from random weights",
         "DeepSpeed ZeRO-2",
-        "| reconstruction | 0.",
+        "| reconstruction | masked autoencoding | 0.",
         "crop_size:",  # the whole recipe
         "Orientation RAS",
         "1 x 1 x 1 mm",

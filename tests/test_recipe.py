@@ -6,13 +6,20 @@ import warnings
 import pytest
 from conftest import ROOT, TINY
 
-from train_cva import build_model
-from training.estimate import step_cost, step_inputs
-from training.recipe import differences, load_recipe
+import train_cva
+from training import recipe as recipes
+from training.estimate import noise_batch, step_cost
+from training.facts import what_rounds_otherwise
+from training.recipe import differences
+from training.run_folder import choose_folder
 from training.schedules import learning_rate, teacher_momentum
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 RESENC = ROOT / "recipes" / "resenc_l.yaml"
+
+
+def load_recipe(path, overrides=()):
+    return recipes.load_recipe(path, overrides, train_cva.CVARecipe)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -36,8 +43,9 @@ def test_every_recipe_trains(path):
     else:
         shallow = {}
     recipe.model = recipe.model.model_copy(update=shallow)
-    cost = step_cost(build_model(recipe), step_inputs(recipe, volumes=1))
-    assert cost["flops"] > 1e9
+    model = train_cva.build_model(recipe)
+    sample = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model)
+    assert step_cost(model, sample, 1).flops > 1e9
 
 
 def test_published_numbers():
@@ -66,7 +74,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.step=5"], r"train\.step: no such key in a recipe; did you mean steps\?"),
+        (["train.step=5"], r"train\.step: no such key in a recipe; did you mean train\.steps\?"),
         (["optimizer.lr=5"], r"optimizer\.lr: no such key"),
         (["train.steps=many"], r"train\.steps: .*integer.*, not 'many'"),
         (["train.steps=2.5"], r"train\.steps"),
@@ -81,7 +89,10 @@ def test_overrides():
         (["train.warmup_steps=500"], r"train\.warmup_steps=500 must be below train\.steps"),
         (["model.hidden_size=100"], r"hidden_size=100 must be a multiple of 6 x heads"),
         (["model.size=M"], r"give either size or these three"),
-        (["model.architecture=vit"], r"model"),
+        (["model.architecture=vit"], r"model\.architecture=vit: there are 'primus', 'resenc'"),
+        (["model.architecture=resenc"], r"model\.hidden_sizes: missing"),
+        (["optimizer.name=adam"], r"optimizer\.name=adam: there are 'adamw', 'sgd'"),
+        (["spatial={}"], r"spatial: no such key in a recipe"),
         (["loss.consistency=gramm"], r"loss\.consistency: .*cosine"),
         (["loss.consistency=none"], r"consistency=none with consistency_weight=1: set consistency=none and"),
         (["loss.consistency_weight=0"], r"consistency=cosine with consistency_weight=0"),
@@ -159,7 +170,13 @@ def test_a_missing_or_broken_file(tmp_path):
 
 def test_differences_leave_out_what_does_not_change_results(tmp_path):
     load_recipe(DEMO).save(tmp_path / "recipe.yaml")
-    assert differences(load_recipe(DEMO, ["train.log_every=6", "data.workers=3"]), tmp_path / "recipe.yaml") == []
+    assert (
+        differences(
+            load_recipe(DEMO, ["run.log_every=6", "run.workers=3", "run.gradient_checkpointing=true"]),
+            tmp_path / "recipe.yaml",
+        )
+        == []
+    )
     assert differences(load_recipe(DEMO, ["seed=3"]), tmp_path / "recipe.yaml") == ["seed is 0 there and 3 here"]
 
 
@@ -252,3 +269,34 @@ def test_rows_of_the_paper(net, row):
     few = row in ("cva", "gram", "gram_contrastive")
     assert recipe.train.steps == ((12500 if few else 37500) if net == "primus_m" else 62500)
     assert recipe.views.crop_size == ((160,) * 3 if net == "primus_m" else (128,) * 3)
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    recipe = load_recipe(DEMO)
+    recipe.save(tmp_path / "recipe.yaml")
+    saved = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(saved[: saved.index("run:")])
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"recipe\.yaml was written by an earlier version .* start anew with another"):
+        choose_folder(tmp_path, recipe, resume=True)
+
+
+def test_what_rounds_is_told_and_what_does_not_is_not():
+    then, now = (
+        {"recipe": load_recipe(DEMO, [f"run.{key}=true"]).model_dump(), "versions": {"torch": version}}
+        for key, version in (("gradient_checkpointing", "2.14"), ("log_gradients", "2.14"))
+    )
+    assert what_rounds_otherwise(then, now) == []
+    now["recipe"]["run"]["compile"] = True
+    now["versions"] = {"torch": "2.15"}
+    assert what_rounds_otherwise(then, now) == ["run.compile was False and is True", "torch was 2.14 and is 2.15"]
+
+
+def test_a_recipe_of_another_method_is_refused_and_as_a_base_gives_what_both_know(tmp_path):
+    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(text.replace("method: cva", "method: other") + "spin: {weight: 1}\n")
+    with pytest.raises(ValueError, match=r"of the method other, for train_other\.py: run that script, or choose"):
+        load_recipe(tmp_path / "other.yaml")
+    (tmp_path / "mine.yaml").write_text("base: other.yaml\nmethod: cva\nname: mine\n")
+    mine = load_recipe(tmp_path / "mine.yaml")
+    assert mine.model_copy(update={"name": "demo"}) == load_recipe(DEMO)

@@ -148,7 +148,9 @@ def test_masked_primus_equals_the_reference_through_its_restore_step(registers, 
     network, encoder = reference_primus(shape, 1, registers), ours_primus(shape, 1, registers, (48, 2, 2))
     load(encoder, network)
     network.mask_token.normal_()
-    student = MaskedPrimus(encoder, {"reconstruction", "contrastive"}, 0.75, decoder_layers=1, feature_decoder_heads=2)
+    student = MaskedPrimus(
+        encoder, 0.75, reconstructs=True, dense=False, pooled=True, decoder_layers=1, feature_decoder_heads=2
+    )
     crop = torch.randn(3, 1, *shape)
     keep = torch.stack([torch.randperm(32)[:8] for _ in range(3)])
 

@@ -2,10 +2,7 @@
 
 import pytest
 
-from benchmarks.retrieval import DEMO, ONLY, curve
-from data.demo import demo_volume
-from data.prepared import prepare_volumes
-from training.recipe import load_recipe
+from benchmarks.retrieval import ONLY, curve
 
 SHORT = ["train.steps=60", "train.warmup_steps=5", "train.batch_size=4", "optimizer.learning_rate=1e-3"]
 
@@ -13,10 +10,8 @@ SHORT = ["train.steps=60", "train.warmup_steps=5", "train.batch_size=4", "optimi
 @pytest.mark.slow
 def test_alignment_finds_the_same_place_in_the_other_view(tmp_path):
     """Top-1 retrieval by the encoder's own features, on held-out pairs of views of the demo volume."""
-    files, _ = prepare_volumes([demo_volume()], tmp_path, "RAS", (1.0, 1.0, 1.0), workers=1)
     aligned, alone = (
-        curve(load_recipe(DEMO, [*SHORT, *ONLY[name]]), files, every=60, samples=24)
-        for name in ("MAE + consistency", "MAE")
+        curve([*SHORT, *ONLY[name]], every=60, samples=24, prepared=tmp_path) for name in ("MAE + consistency", "MAE")
     )
     assert aligned[0] == alone[0]
     assert aligned[60] > 20 / 125  # chance is 1 of 125 cells

@@ -12,9 +12,9 @@ from training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-ALIKE = [*TINY, "model.drop_path_rate=0", "train.warmup_steps=5", "train.steps=50", "train.checkpoint_every=50"]
+ALIKE = [*TINY, "model.drop_path_rate=0", "train.warmup_steps=5", "train.steps=50", "run.checkpoint_every=50"]
 SHORT = [*TINY, "model.drop_path_rate=0", "train.accumulate=2", "train.steps=2"]  # drop-path is drawn by rank
-POISONED = [*TINY, "model.drop_path_rate=0", "train.steps=6", "train.checkpoint_every=3", "train.max_skipped=2"]
+POISONED = [*TINY, "model.drop_path_rate=0", "train.steps=6", "run.checkpoint_every=3", "run.max_skipped=2"]
 ON_ONE = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 ON_TWO = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 RELAY = (  # ranks, strategy, the step at which it is stopped
@@ -60,10 +60,10 @@ def runs(tmp_path_factory, volumes):
         launches.plan(f"{strategy}_short", strategy, SHORT)
         if strategy != "zero1":
             launches.plan(f"{strategy}_poisoned", strategy, POISONED, poison=[9])
-    launches.plan("ddp_pulls", "ddp", SHORT, "train.log_gradients=true")
-    launches.plan("zero2_pulls", "zero2", SHORT, "train.log_gradients=true")
+    launches.plan("ddp_pulls", "ddp", SHORT, "run.log_gradients=true")
+    launches.plan("zero2_pulls", "zero2", SHORT, "run.log_gradients=true")
     for strategy in ("zero2", "fsdp2", "zero3"):
-        launches.plan(f"{strategy}_compiled", strategy, SHORT, "train.compile=true")
+        launches.plan(f"{strategy}_compiled", strategy, SHORT, "run.compile=true")
     launches.plan("zero2_diverged", "zero2", POISONED, poison=list(range(16, 40)))
     relay(0, 1)
     launches.start("two", 2)
@@ -135,7 +135,7 @@ def test_compiled_blocks_give_the_same_losses(runs, strategy):
 
 
 def test_what_cannot_be_compiled_is_said(runs):
-    assert runs.printed["two"].count("train.compile is ignored: under ZeRO-3") == 2  # once a rank
+    assert runs.printed["two"].count("run.compile is ignored: under ZeRO-3") == 2  # once a rank
     assert torch.equal(curve(runs.folder / "zero3_compiled"), curve(runs.folder / "zero3_short"))
 
 

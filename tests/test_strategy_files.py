@@ -6,7 +6,7 @@ import os
 import pytest
 from conftest import BIN, ROOT, TINY, config, launch
 
-from training.strategy import offloads, read_strategy, shards_weights
+from training.strategy import read_strategy
 
 OWN = """
 distributed_type: DEEPSPEED
@@ -27,10 +27,10 @@ use_cpu: false
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").iterdir()), ids=lambda path: path.stem)
 def test_each_file_is_a_strategy(path, recwarn):
-    settings = read_strategy(path)
-    assert len({"ddp", "fsdp", "zero_optimization"} & settings.keys()) == 1
-    assert shards_weights(settings) == path.stem.startswith(("zero3", "fsdp2"))
-    assert offloads(settings) == ({"optimizer": "cpu", "param": "cpu"} if "offload" in path.stem else {})
+    strategy = read_strategy(path)
+    assert path.stem.startswith(f"{strategy.kind}{strategy.stage or ''}")
+    assert strategy.shards_weights == path.stem.startswith(("zero3", "fsdp2"))
+    assert strategy.offloads == ({"optimizer": "cpu", "param": "cpu"} if "offload" in path.stem else {})
     assert not recwarn
 
 
@@ -50,8 +50,9 @@ ZERO = {"stage": 2}
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "remove zero_hpz_partition_size"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "remove ratio"),
         ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3; ds_configs/ddp.json"),
+        ({"zero_optimization": {}}, "stage must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "to nvme is not supported"),
-        ({"fsdp": {"activation_checkpointing": True}}, "set train.gradient_checkpointing=true instead"),
+        ({"fsdp": {"activation_checkpointing": True}}, "set run.gradient_checkpointing=true instead"),
         ({"optimizer": {}}, "needs the key zero_optimization"),
         ([], "needs the key zero_optimization"),
     ],
@@ -64,32 +65,32 @@ def test_what_cannot_be_used_is_said_with_the_remedy(tmp_path, settings, message
 def test_what_is_left_open_is_taken_and_what_is_ignored_is_said(tmp_path):
     open_ones = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}, "train_batch_size": "auto"}
     with pytest.warns(UserWarning, match=r"gradient_clipping=5 is ignored, the recipe sets it"):
-        settings = read_strategy(written(tmp_path, {"zero_optimization": ZERO, "gradient_clipping": 5, **open_ones}))
-    assert settings["zero_optimization"] == ZERO
-    assert not open_ones.keys() & settings.keys()
+        strategy = read_strategy(written(tmp_path, {"zero_optimization": ZERO, "gradient_clipping": 5, **open_ones}))
+    assert strategy.zero == ZERO
+    assert not open_ones.keys() & strategy.settings.keys()
 
 
 def test_what_the_launcher_was_told(monkeypatch, tmp_path):
-    assert read_strategy(None).keys() == {"ddp"}
+    assert read_strategy(None).kind == "ddp"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="set fsdp_version: 2"):
         read_strategy(None)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    assert offloads(read_strategy(None)) == {"optimizer": "cpu", "param": "cpu"}
+    assert read_strategy(None).offloads == {"optimizer": "cpu", "param": "cpu"}
     with pytest.warns(UserWarning, match="not the FSDP settings"):
-        assert offloads(read_strategy(config("fsdp2"))) == {}
+        assert read_strategy(config("fsdp2")).offloads == {}
     assert "FSDP_OFFLOAD_PARAMS" not in os.environ  # Accelerate would fill it in
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
-    settings = read_strategy(None)
-    assert shards_weights(settings)
-    assert offloads(settings) == {"optimizer": "cpu"}
+    strategy = read_strategy(None)
+    assert strategy.shards_weights
+    assert strategy.offloads == {"optimizer": "cpu"}
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(written(tmp_path, {"zero_optimization": {"stage": 1}})))
-    assert read_strategy(None)["zero_optimization"] == {"stage": 1}
+    assert read_strategy(None).zero == {"stage": 1}
     with pytest.warns(UserWarning, match=r"ddp.json is used, not the DEEPSPEED settings of accelerate launch"):
-        assert read_strategy(config("ddp")).keys() == {"ddp"}
+        assert read_strategy(config("ddp")).kind == "ddp"
 
 
 @pytest.mark.slow

@@ -23,17 +23,23 @@ from conftest import (
 
 import train_cva
 from models import ResEncModel
+from training import facts
+from training.launch import parse_arguments
 from training.metrics import read_metrics
-from training.output import choose_output
 from training.recipe import load_recipe
+from training.run_folder import choose_folder
 
 pytestmark = pytest.mark.slow  # each test is a run of the script
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 
 
+def recipe_of(*overrides, path=DEMO):
+    return load_recipe(path, overrides, train_cva.CVARecipe)
+
+
 def run_here(*arguments):
-    train_cva.main(train_cva.parse_arguments([str(a) for a in arguments]))
+    train_cva.main(parse_arguments(train_cva.__doc__, [str(a) for a in arguments]))
 
 
 def losses(output):
@@ -53,7 +59,7 @@ def runs(tmp_path_factory, volumes):
 def test_what_a_run_leaves_behind(runs):
     for name in ("zero2", "ddp"):
         output = runs / name
-        assert load_recipe(output / "recipe.yaml") == load_recipe(DEMO, TINY)
+        assert recipe_of(path=output / "recipe.yaml") == recipe_of(*TINY)
         records = read_metrics(output / "metrics.jsonl")
         assert [r["step"] for r in records] == [1, 2, 3, 4]
         wanted = {
@@ -130,7 +136,7 @@ def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name, ranks):
     numbers = [*TINY, "train.steps=1", "train.warmup_steps=0", "train.clip_norm=3.0"]
     numbers += ["optimizer={name: sgd, learning_rate: 0.01, weight_decay: 0.0, momentum: 0.0}"]
     launch("--config", config(name), "--data", volumes, "--output", tmp_path / "run", *numbers, ranks=ranks)
-    before = train_cva.build_model(load_recipe(DEMO, numbers)).state_dict()
+    before = train_cva.build_model(recipe_of(*numbers)).state_dict()
     after = model_state(tmp_path / "run" / "checkpoints" / "step_1")
     moves = (after[k] - before[k].flatten() for k in before if not k.startswith("teacher."))
     moved = sum(move.double().square().sum() for move in moves) ** 0.5
@@ -160,7 +166,7 @@ def test_resenc_trains_in_bf16(volumes, tmp_path):
         (["--config", "ds_configs/zero9.json"], r"zero9\.json: No such file .*ds_configs/"),
         (["--config", config("zero2"), "--data", "/no/such/folder"], "no such folder"),
         (["--config", config("zero2"), "--recipe", "nothing.yaml"], "recipes/"),
-        (["--config", config("zero2"), "train.stepz=3"], "did you mean steps"),
+        (["--config", config("zero2"), "train.stepz=3"], "did you mean train.steps"),
         (["--config", config("zero2"), "--wandb"], "pip install wandb"),
         (["--config", "wrong.json"], "unexpected keyword argument 'brodcast_buffers'"),
     ],
@@ -177,7 +183,7 @@ def test_a_mistake_is_one_line_at_the_command_line(tmp_path):
     done = launch("--config", config("zero2"), "train.stepz=3", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "train_cva.py: train.stepz: no such key in a recipe; did you mean steps?\n"
+    assert done.stderr == "train_cva.py: train.stepz: no such key in a recipe; did you mean train.steps?\n"
 
 
 def test_deepspeed_that_did_not_start_is_said(tmp_path):
@@ -198,24 +204,24 @@ def test_an_output_folder_is_never_mixed(runs, volumes):
 
 
 def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path):
-    load_recipe(DEMO, ["seed=5"]).save(tmp_path / "recipe.yaml")
-    assert choose_output(tmp_path, load_recipe(DEMO), resume=False) == tmp_path
+    recipe_of("seed=5").save(tmp_path / "recipe.yaml")
+    assert choose_folder(tmp_path, recipe_of(), resume=False).path == tmp_path
 
 
 def test_output_is_the_first_free_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(DEMO)
+    recipe = recipe_of()
     for expected in ("runs/demo", "runs/demo-2", "runs/demo-3"):
-        output = choose_output(None, recipe, resume=False)
+        output = choose_folder(None, recipe, resume=False).path
         assert str(output) == expected
         (output / "checkpoints").mkdir(parents=True)
         recipe.save(output / "recipe.yaml")
-    assert str(choose_output(None, recipe, resume=True)) == "runs/demo-3"
+    assert str(choose_folder(None, recipe, resume=True).path) == "runs/demo-3"
 
 
 def test_a_machine_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert train_cva.current_commit() is None
+    assert facts.current_commit() is None
 
 
 def test_other_data_cannot_resume(runs, volumes, tmp_path):
@@ -248,7 +254,7 @@ def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, volumes):
     code = (
         "import shutil, sys, collections; sys.argv[0] = 'train_cva.py'; import train_cva;"
         "shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')(1000);"
-        "train_cva.main(train_cva.parse_arguments())"
+        "from training.launch import parse_arguments; train_cva.main(parse_arguments(train_cva.__doc__))"
     )
     arguments = ["--config", config("ddp"), "--data", volumes, "--output", tmp_path / "run", *TINY]
     done = subprocess.run(

@@ -62,12 +62,12 @@ class MaskedAutoencoder(nn.Module):
 def primus_student(shape=(24, 24, 16), decoder_layers=1, **changes):
     torch.manual_seed(1)
     encoder = build_encoder("primus", shape, {}, **{**PRIMUS, **changes})
-    return MaskedPrimus(encoder, TERMS, 0.75, decoder_layers, feature_decoder_heads=2).eval()
+    return MaskedPrimus(encoder, 0.75, True, True, True, decoder_layers, feature_decoder_heads=2).eval()
 
 
 def resenc_student():
     torch.manual_seed(1)
-    return MaskedResEnc(build_encoder("resenc", (16, 16, 16), {}, **RESENC), TERMS).eval()
+    return MaskedResEnc(build_encoder("resenc", (16, 16, 16), {}, **RESENC), True, True, True).eval()
 
 
 def nnssl_checkpoint(network, path, trainer=None, patch_size=None, prefix=""):

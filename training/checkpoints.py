@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,18 @@ from safetensors.torch import save_file
 from .files import flush
 from .state import Piece
 
+FORMAT = 2  # of a checkpoint; 1 had no number
 KEEP = 2
 MARKER = "SHA256SUMS"
 META = "meta.json"
 PATIENCE = timedelta(hours=1)  # how long ranks may wait for one whose disk is slow
+
+
+class Checkpoint(NamedTuple):
+    """A complete and undamaged one."""
+
+    path: Path
+    meta: dict  # what `Writer.save` was given, and `step`
 
 
 class Writer:
@@ -103,7 +112,7 @@ class Writer:
         def close() -> None:
             if self.rank:
                 return
-            (temporary / META).write_text(json.dumps({"step": step, **meta}, indent=1))
+            (temporary / META).write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
             flush(temporary / META)
             everybody = {name: value for part in found for name, value in part.items()}
             (temporary / MARKER).write_text(_marker(everybody | {META: _checksum(temporary / META)}))
@@ -182,13 +191,13 @@ def load(path: Path, state: Iterable[Piece], rank: int, ranks: int) -> dict[str,
         return {name[4:]: own.get_tensor(name) for name in own.keys() if name.startswith("own.")}  # noqa: SIM118
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest undamaged checkpoint and its `meta.json`, or None if none was ever written.
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint, or None if none was ever written.
 
     Damaged ones are named in a warning and set aside as `step_N.damaged`; incomplete ones are named.
 
     Raises:
-        ValueError: if all are damaged.
+        ValueError: if all are damaged, or it was written by a version of this project that kept other things.
     """
     for other in sorted(folder.glob("tmp-step_*")):
         warnings.warn(f"{other} is incomplete and is ignored (the run stopped while writing it)", stacklevel=2)
@@ -196,9 +205,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     for path in reversed(_in_order(folder.glob("step_*"))):  # also one that has lost its marker: it once had it
         reason = damage(path)
         if not reason:
+            meta = json.loads((path / META).read_text())
+            if meta.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was written by an earlier version of this project and is untouched: go on with that "
+                    "version, or start anew with another --output"
+                )
             for other, why in damaged.items():
                 warnings.warn(f"{other} is damaged ({why}): kept as {set_aside(other)}, using {path}", stacklevel=2)
-            return path, json.loads((path / META).read_text())
+            return Checkpoint(path, meta)
         damaged[path] = reason
     if damaged:
         raise ValueError(

@@ -1,9 +1,10 @@
 """What a step will cost, found by running it on tensors without data."""
 
-import math
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,37 +13,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.stream import SampleStream, stack_views
+from models.distributed import Traffic, count_traffic
+
 from .recipe import Recipe
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Batch = dict[str, torch.Tensor]
 
 
-def step_inputs(recipe: Recipe, volumes: int) -> Shapes:
-    """Shape and dtype of what the composite is called with, for a batch of `volumes`."""
-    crop, views = recipe.views.crop_size, recipe.views
-    cells, samples = math.prod(views.cells), math.prod(views.samples_per_cell)
-    image = ((2 * volumes, 1, *crop), torch.float32)
-    return {
-        "views": image,
-        "target": image,
-        "mask": ((2 * volumes, *(size // recipe.mask.block for size in crop)), torch.bool),
-        "points": ((2 * volumes, cells, samples, 3), torch.float32),
-        "inside": ((2 * volumes, cells), torch.bool),
-        "pair": ((2 * volumes,), torch.int64),
-    }
+class StepCost(NamedTuple):
+    """What one rank's share of a micro-batch takes, forward and backward."""
+
+    volumes: int
+    views: int
+    flops: int  # a multiply-add counts as two, recomputation counts
+    timeline: list[tuple[int, int]]  # bytes of complete gradients, and the most of all else while there were so many
+    traffic: Traffic  # of the losses: what is gathered and summed over ranks
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of batch, activations and what operators pass on, without weights and gradients."""
+        return max(rest for _, rest in self.timeline)
 
 
-def random_batch(inputs: Shapes, mask_ratio: float, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the composite is called with (`step_inputs`), of noise: equally many blocks masked, every place reached."""
-    batch = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in inputs.items()}
-    batch["views"].normal_()
-    batch["target"].copy_(batch["views"])
-    hidden = batch["mask"].flatten(1)
-    hidden[:, : int(mask_ratio * hidden.shape[1])] = True
-    batch["points"].uniform_(0, min(batch["views"].shape[2:]) - 1)
-    batch["inside"].fill_(True)
-    batch["pair"].copy_(torch.arange(len(batch["pair"]) // 2).repeat(2))
-    return batch
+def noise_batch(
+    build_stream: Callable[..., SampleStream],
+    make_batch: Callable[..., Batch],
+    recipe: Recipe,
+    model: nn.Module,
+    volumes: int = 1,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """What the method's own stream makes of a volume of noise in memory.
+
+    Args:
+        build_stream, make_batch: of the script.
+    """
+    noise = np.random.default_rng(0).normal(size=recipe.views.crop_size).astype(np.float32)
+    stream = build_stream([noise], recipe, model)
+    return make_batch(stack_views([stream[i] for i in range(volumes)]), torch.device(device), recipe)
 
 
 class _Step(nn.Module):
@@ -98,29 +107,26 @@ class _LiveBytes(TorchDispatchMode):
         self._note()
 
 
-def step_cost(model: nn.Module, inputs: Shapes) -> dict[str, Any]:
-    """Floating point operations and memory of one forward and backward pass; nothing is computed or allocated.
+def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
+    """Find what one forward and backward pass takes; nothing is computed or allocated.
 
     Args:
-        model: on the CPU, not yet wrapped; its forward returns a dict with `loss`.
-        inputs: shape and dtype of each argument of its forward.
-
-    Returns:
-        `flops` (a multiply-add counts as two, recomputation counts); `timeline`, pairs of the bytes of complete
-        gradients and the most bytes of all else (batch, activations, what operators pass on, but not weights) while
-        there were so many; `peak_bytes`, the most of the latter.
+        model: on the CPU, not yet wrapped, without a process group.
+        sample: a batch of one volume (`noise_batch`), of which the shapes count.
+        volumes: in the batch to be counted.
     """
-    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter, count_traffic() as traffic:
         weights = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
         live = _LiveBytes([*weights.values()])
         for weight in weights.values():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(live.keep_gradient)
         with live:
-            fakes = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in inputs.items()}
-            functional_call(_Step(model), {f"model.{name}": weight for name, weight in weights.items()}, kwargs=fakes)
-    return {
-        "flops": counter.get_total_flops(),
-        "peak_bytes": max(rest for _, rest in live.timeline),
-        "timeline": live.timeline,
-    }
+            fakes: dict[int, torch.Tensor] = {}  # one for each tensor: a batch may hold the same one twice
+            for tensor in sample.values():
+                shape = (volumes * tensor.shape[0], *tensor.shape[1:])
+                if id(tensor) not in fakes:
+                    fakes[id(tensor)] = torch.zeros(shape, dtype=tensor.dtype)
+            batch = {key: fakes[id(tensor)] for key, tensor in sample.items()}
+            functional_call(_Step(model), {f"model.{name}": weight for name, weight in weights.items()}, kwargs=batch)
+    return StepCost(volumes, len(batch["views"]), counter.get_total_flops(), live.timeline, traffic)

@@ -1,8 +1,10 @@
-"""Write an encoder so that anyone can load it: weights, code, preprocessing and model card in one folder."""
+"""What a run gives away: an encoder that anyone can load, with its code and model card; all weights; pictures."""
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,25 +16,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from data.image_processing_volume import VolumeImageProcessor
-from models.warm_start import ENCODER_WEIGHTS, RUN_WEIGHTS
+from models.warm_start import ENCODER_WEIGHTS
 
-from .model_card import LOSSES, model_card
+from .facts import RunFacts
+from .files import write_whole
+from .metrics import read_metrics
+from .model_card import model_card
+from .report import draw_report
+from .run import Run
+from .run_folder import RunFolder
 
 LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"  # of the code that goes with the weights
 FACTS = "pretraining.json"  # what is known of the run that made the weights
-
-
-def preprocessing(orientation: str, spacing: tuple[float, ...], crop_size: tuple[int, ...]) -> dict:
-    """What must be done to a volume before the encoder sees it, in this order; goes into config.json."""
-    return {
-        "orientation": orientation,
-        "crop_to_nonzero_box": True,
-        "normalisation": "z-score over that box",
-        "spacing": list(spacing),
-        "interpolation": "cubic; nearest along an axis more than 3 times coarser than the finest",
-        "crop_size": list(crop_size),
-        "padding_value": 0.0,
-    }
 
 
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:
@@ -60,40 +55,66 @@ def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path
     shutil.copy(LICENSE, folder)
 
 
+def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    """Write encoder folder, all weights and pictures; all ranks take part, the main one writes.
+
+    Args:
+        step: steps done.
+        batch: of `run.held_out()`, as the model was called with it.
+        outputs: of `run.look(batch)`.
+    """
+    weights = run.accelerator.get_state_dict(run.wrapped)
+    if run.is_main:
+        write_run(run.model.student.features.encoder, weights, run.facts, list(run.model.terms), step, run.folder)
+        try:
+            draw_report(run.folder, batch, outputs, run.facts, step)
+        except Exception as error:  # no picture is worth a run
+            warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+    run.accelerator.wait_for_everyone()
+
+
 def write_run(
-    encoder: PreTrainedModel, weights: dict[str, torch.Tensor], facts: dict, records: list[dict], output: Path
+    encoder: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    facts: RunFacts,
+    terms: list[str],
+    step: int,
+    folder: RunFolder,
 ) -> None:
     """Write what a run gives away: `encoder/`, and all its weights for `publish.py` and for warm starts.
 
     Args:
         encoder: the run's own; its parameters may be sharded.
         weights: the composite's full state dict, as gathered.
-        facts: of the run; see `model_card`.
-        records: of `metrics.jsonl`.
+        terms: those that are trained.
     """
+    records = read_metrics(folder.metrics)
     steps = [0, *(record["step"] for record in records)]
     seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
     last = next((record for record in reversed(records) if "loss" in record), {})
-    losses = {key: last[key] for key in LOSSES if key in last}
-    facts = {**facts, "hours": seconds / 3600, "losses": losses, "weights": "student"}
-
+    known = {
+        **asdict(facts),
+        "step": step,
+        "hours": seconds / 3600,
+        "losses": {key: last[key] for key in terms if key in last},
+        "network": "student",
+    }
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     prefix = "student.features.encoder."
     with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
         student = type(encoder)(encoder.config)
     student.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
-    card = model_card(student, facts, str(output / "encoder"))
-    temporary = output / f".{RUN_WEIGHTS}"
+    card = model_card(student, known, str(folder.encoder))
+
+    def save(file: Path) -> None:
+        save_file(weights, file, metadata={"step": str(step)})
+        file.chmod(folder.recipe.stat().st_mode)  # safetensors lets nobody else read it
+
     try:
-        save_file(weights, temporary, metadata={"step": str(facts["step"])})
+        write_whole(folder.weights, save)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{output / RUN_WEIGHTS} could not be written ({error}); --resume auto writes it again"
-        ) from error
-    temporary.chmod((output / "recipe.yaml").stat().st_mode)  # safetensors lets nobody else read it
-    temporary.replace(output / RUN_WEIGHTS)
-    replace_folder(output / "encoder", lambda folder: write_encoder(student, facts, card, folder))
+        raise OSError(f"{folder.weights} could not be written ({error}); --resume auto writes it again") from error
+    replace_folder(folder.encoder, lambda place: write_encoder(student, known, card, place))
 
 
 def read_run_weights(path: Path) -> tuple[dict[str, torch.Tensor], int]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,3 +16,14 @@ def flush(path: Path) -> None:
             raise  # some network file systems do not flush folders
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file beside this one, then put it in this one's place: whole, or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        fill(temporary)
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -10,8 +10,19 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .files import flush
+from .files import flush, write_whole
 from .recipe import Recipe
+
+BOOKKEEPING = (  # of a record; all else in it are losses and what is watched of them
+    "step",
+    "learning_rate",
+    "grad_norm",
+    "seconds",
+    "volumes_per_second",
+    "data_wait",
+    "tflops",
+    "skipped",
+)
 
 
 class Metrics:
@@ -37,10 +48,7 @@ class Metrics:
         )
         if accelerator.is_main_process:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-            shortened = path.with_name(f".{path.name}")
-            shortened.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            flush(shortened)
-            shortened.replace(path)
+            write_whole(path, lambda file: file.write_text("".join(json.dumps(record) + "\n" for record in kept)))
         self._start_interval()
 
     def _start_interval(self) -> None:

@@ -1,41 +1,39 @@
 """The model card: what the encoder is, how to use it, where it comes from."""
 
-import math
-
 import yaml
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-ARCHITECTURES = {
-    "primus": ("Primus", "a vision transformer", "Wald et al. 2025, arXiv:2503.01835"),
-    "resenc": ("ResEnc", "nnU-Net's residual CNN", "Isensee et al. 2024, arXiv:2404.09556"),
-}
-LOSSES = ("reconstruction", "consistency", "contrastive")
+from models import architecture
 
 
 def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str | None = None, nnunet: str = "") -> str:
     """The text of the card.
 
     Args:
-        facts: of the pretraining: `recipe`, `step`, `volumes`, `hours`, `engine`, `losses`, `weights`,
-            `init_from`, `versions`, `commit`; what is missing is said to be unknown.
+        facts: of the pretraining, as in pretraining.json (`RunFacts`, `write_run`); what is missing is said to be
+            unknown.
         where: the folder or Hub id to load from, for the examples.
         license: SPDX name of the weights' licence, if its author has stated one.
         nnunet: the section on nnU-Net, for a bundle that holds its checkpoint.
     """
     config, size = encoder.config, tuple(encoder.config.image_size)
-    name, kind, paper = ARCHITECTURES[config.model_type]
+    row, method = architecture(config.model_type), _dict(facts.get("method"))
+    named = f" with {method['name']}" if method.get("name") else ""
+    *first, last = _dict(method.get("terms")).values() or [""]
+    learned = f" by {', '.join(first)}{' and ' if first else ''}{last}" if last else ""
+    citations = [method["citation"]] if method.get("citation") else []
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["medical-imaging", "3d", "self-supervised", "nnunet", config.model_type],
+        tags=["medical-imaging", "3d", "self-supervised", *(["nnunet"] if nnunet else []), config.model_type],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name} encoder, pretrained{_method(facts)[0]}",
-        f"A 3D encoder ({kind}, {encoder.num_parameters() / 1e6:,.1f} M parameters) for medical volumes, pretrained "
-        f"without labels{_method(facts)[1]}.",
+        f"# {row.name} encoder, pretrained{named}",
+        f"A 3D encoder ({row.kind}, {encoder.num_parameters() / 1e6:,.1f} M parameters) for medical volumes, "
+        f"pretrained without labels{learned}.",
         _use(encoder, where),
         nnunet,
         _preparation(config.preprocessing),
@@ -54,20 +52,14 @@ The Python files are Apache-2.0 (LICENSE). {
         }""",
         f"""## Citation
 
-Consistent View Alignment, arXiv:2509.13846. {name}: {paper}.""",
+{". ".join([*citations, f"{row.name}: {row.paper}"])}.""",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _use(encoder: PreTrainedModel, where: str) -> str:
-    config = encoder.config
-    if config.model_type == "primus":
-        stage, channels, stride = config.stage_names[-1], config.hidden_size, config.patch_size[0]
-        last = "tokens [1, N, C]"
-    else:
-        depth = min(4, len(config.depths))
-        stage, channels, stride = f"stage{depth}", config.hidden_sizes[depth - 1], math.prod(config.strides[:depth])
-        last = "feature map of the deepest stage"
+    config, row = encoder.config, architecture(encoder.config.model_type)
+    stage, channels, stride = row.feature_map(config)
     shape = f"[1, {channels}, X/{stride}, Y/{stride}, Z/{stride}]"
     roi, inputs = list(config.image_size), config.num_channels
     channels_note = f".repeat(1, {inputs}, 1, 1, 1)" if inputs > 1 else ""  # your channels, of one shape, go here
@@ -84,7 +76,7 @@ crop = processor("brain.nii.gz")["pixel_values"]{channels_note}  # the middle of
 with torch.no_grad():
     output = encoder(crop)
     feature_map = encoder(crop, stages=["{stage}"]).feature_maps["{stage}"]  # {shape}
-output.last_hidden_state  # {last}
+output.last_hidden_state  # {row.output}
 output.pooler_output  # [1, C], one vector a crop
 ```
 
@@ -122,27 +114,6 @@ The processor does this, in this order, with the code that prepared the training
 5. Crop to {_times(steps["crop_size"])} voxels; pad with 0."""
 
 
-def _method(facts: dict) -> tuple[str, str]:
-    """Name of the method and what it consists of, as far as the recipe tells."""
-    recipe = facts.get("recipe")
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("loss"), dict):
-        return "", ""
-    loss, hides = recipe["loss"], (recipe.get("mask") or {}).get("ratio")
-    aligns = {
-        "cosine": "dense alignment of two overlapping views",
-        "c_cva": "dense contrast of two overlapping views",
-        "gram": "agreement of channel statistics between two overlapping views",
-    }.get(loss.get("consistency"))
-    parts = [
-        loss.get("reconstruction_weight") and ("masked autoencoding" if hides else "autoencoding"),
-        loss.get("consistency_weight") and aligns,
-        loss.get("contrastive_weight") and "image-level contrast",
-    ]
-    *first, last = [part for part in parts if part] or ["an unknown objective"]
-    named = " with Consistent View Alignment" if loss.get("consistency") in ("cosine", "c_cva") else ""
-    return named, f" by {', '.join(first)}{' and ' if first else ''}{last}"
-
-
 def _training(facts: dict) -> str:
     recipe = facts.get("recipe")
     if not isinstance(recipe, dict):
@@ -154,16 +125,17 @@ def _training(facts: dict) -> str:
     took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     reached = facts.get("losses", {})
     start = f"from {facts['init_from']}" if facts.get("init_from") else "from random weights"
-    losses = "\n".join(f"| {key} | {reached[key]:.4f} |" for key in LOSSES if key in reached)
-    source = "student's: what the published results use" if facts.get("weights") != "teacher" else "EMA teacher's"
+    terms = _dict(facts.get("method")).get("terms", {})
+    losses = "\n".join(f"| {key} | {terms.get(key, '')} | {value:.4f} |" for key, value in reached.items())
+    whose = {"student": "The weights are the student's. ", "teacher": "The weights are the EMA teacher's. "}
     return f"""## Training
 
 Recipe `{recipe.get("name", "unknown")}`, {facts.get("step", "?")} of {train.get("steps", "?")} steps of
 {train.get("batch_size", "?")} volumes, drawn from {seen}, {start}: {took} on {facts.get("engine", "unknown hardware")}.
-The weights are the {source}. Losses reached:
+{whose.get(facts.get("network"), "")}Losses reached:
 
-| term | value |
-|---|---|
+| term | what it is | value |
+|---|---|---|
 {losses}
 
 <details><summary>The whole recipe</summary>
@@ -175,16 +147,21 @@ The weights are the {source}. Losses reached:
 </details>"""
 
 
-def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, has_decoder: bool) -> str:
-    """How nnU-Net loads the bundle."""
-    config = encoder.config
-    primus = config.model_type == "primus"
-    trainer = "PretrainedTrainer_Primusx" if primus else "PretrainedTrainer"
+def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str, has_decoder: bool) -> str:
+    """How nnU-Net loads the bundle; nothing where it has no such network.
+
+    Args:
+        name: of the pretraining, which nnU-Net's plans will have in theirs.
+        has_decoder: whether the pretraining's decoder is in the checkpoint, not a fresh one.
+    """
+    config, names = encoder.config, architecture(encoder.config.model_type).nnunet
+    if names is None:
+        return ""
     spacing = "_".join(f"{s:.2f}" for s in config.preprocessing["spacing"])
-    plan = f"ptPlans__cva____Spacing__{spacing}___Norm__Z"
+    plan = f"ptPlans__{name}____Spacing__{spacing}___Norm__Z"
     source = f"https://huggingface.co/{where}" if on_hub else f"{where}/checkpoint_final.pth"
     released = ""
-    if not primus:
+    if names.decoder:
         decoder = "pretrained too" if has_decoder else "freshly initialised"
         released = f"""
 
@@ -199,14 +176,18 @@ With nnU-Net's main branch (since July 2026):
 
 ```bash
 export nnssl_pretrained_models=FOLDER  # where it keeps what it downloads
-nnUNetv2_preprocess_like_nnssl -d DATASET -n cva -pc {source} -am like_pretrained
-nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {trainer}
+nnUNetv2_preprocess_like_nnssl -d DATASET -n {name} -pc {source} -am like_pretrained
+nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {names.trainer}
 ```{released}
 
 The dataset must have been planned before (`nnUNetv2_plan_and_preprocess -d DATASET --no_pp`), and with n channels the
 plan's name ends in n times `_Z`. nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on
 the axes {config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order
 for files stored as RAS."""
+
+
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def _times(numbers: tuple[float, ...]) -> str:

@@ -1,5 +1,6 @@
 """The pictures of `report/`: losses, reconstruction, the places that are compared, and what the features see."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+
+from .metrics import BOOKKEEPING
 
 GREY = plt.get_cmap("gray").with_extremes(bad="#31506e")  # hidden voxels are blue
 CELL_DEPTH = 4.0  # voxels: how far a centre may lie from the plane in which it is drawn
@@ -20,21 +23,28 @@ def planes_of(orientation: str) -> tuple[tuple[str, int], ...]:
     return tuple(zip(names, range(3)))
 
 
-def draw_losses(records: list[dict[str, float]], path: Path) -> None:
-    """The loss, its terms and what was watched of them, over the steps."""
-    names = ["loss", "reconstruction", "consistency", "contrastive", "retrieval", "feature_std", "contrastive_accuracy"]
-    names = [n for n in (*names, "embedding_variance") if n in records[0]] if records else names
+def draw_losses(records: list[dict[str, float]], terms: dict[str, str], path: Path) -> None:
+    """The loss, its terms and all that was watched of them, over the steps.
+
+    Args:
+        records: of `metrics.jsonl`.
+        terms: name of each term -> what it is.
+    """
+    keys = dict.fromkeys(key for record in records for key in record)
+    watched = (key for key in keys if not key.startswith("gradient_of_") and key not in (*BOOKKEEPING, "loss", *terms))
+    names = ["loss", *(term for term in terms if term in keys), *watched]
     rows, columns = (2, -(-len(names) // 2)) if len(names) > 3 else (1, len(names))
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.6 * columns, 3 * rows), sharex=True, squeeze=False, constrained_layout=True
     )
     for name, axis in zip(names, axes.flat):
-        axis.plot([r["step"] for r in records], [r[name] for r in records], linewidth=1.2)
-        axis.set_title(name.replace("_", " "))
+        steps, values = zip(*((r["step"], r[name]) for r in records if name in r)) if records else ((), ())
+        axis.plot(steps, values, linewidth=1.2)
+        words = textwrap.fill(terms.get(name, ""), 44)
+        axis.set_title(f"{name.replace('_', ' ')}\n{words}".strip(), fontsize=9)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=min(0.0, min((r[name] for r in records), default=0.0)))
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
+        axis.set_ylim(bottom=min(0.0, *values, 0.0))
+    figure.supxlabel("step", fontsize=9)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _save(figure, path)

@@ -1,118 +1,60 @@
 """The recipe: every number that defines an experiment, read from YAML, typed and checked before anything starts."""
 
 import difflib
-import itertools
 import math
-import operator
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from data.views import least_shared
-from models import DENSE_STRIDE
+from models import ARCHITECTURES
+from models.section import Section
 
-from .files import flush
-from .recipe_sections import (
-    SGD,
-    AdamW,
-    Data,
-    Heads,
-    Intensity,
-    Loss,
-    Mask,
-    Primus,
-    ResEnc,
-    Section,
-    Teacher,
-    Train,
-    Views,
-)
+from .files import write_whole
+from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
+
+Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP007
 
 
 class Recipe(Section):
-    """The whole recipe; a field a section of the YAML."""
+    """What the recipes of all methods have, a field a section of the YAML; a method's own recipe inherits it."""
 
+    method: str  # whose script reads it: train_METHOD.py
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # of folders too
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: Data
     views: Views
     intensity: Intensity
     mask: Mask
-    model: Annotated[Primus | ResEnc, Field(discriminator="architecture")]
-    heads: Heads
-    loss: Loss
-    teacher: Teacher | None  # null: the student's views are contrasted with each other (SimCLR)
+    model: Annotated[Model, Field(discriminator="architecture")]
     optimizer: Annotated[AdamW | SGD, Field(discriminator="name")]
     train: Train
+    run: Running
+
+    @property
+    def couples_volumes(self) -> bool:
+        """Whether the loss of a batch is more than the mean over its volumes: batch norm, negatives."""
+        return True
 
     @model_validator(mode="after")
     def _combinations(self):
         crop, block = self.views.crop_size, self.mask.block
-        if isinstance(self.model, Primus):
-            token = self.model.patch_size
-            _divides("views.crop_size", crop, token, "the token size model.patch_size")
-            if block != token:
-                raise ValueError(f"mask.block={block} must equal model.patch_size={token}: Primus hides whole tokens")
-        else:
-            total = math.prod(self.model.strides)
-            _divides("views.crop_size", crop, total, "the encoder's total stride")
-            if any(
-                DENSE_STRIDE % n and n % DENSE_STRIDE for n in itertools.accumulate(self.model.strides, operator.mul)
-            ):
-                raise ValueError(
-                    f"model.strides={self.model.strides}: the stride of each stage must divide {DENSE_STRIDE}, that of "
-                    "the dense features, or be a multiple of it"
-                )
-            _divides("views.crop_size", crop, DENSE_STRIDE, "the stride of the dense features")
-            _divides("views.crop_size", crop, block, "mask.block")
-            if math.prod(crop) <= total**3:
-                raise ValueError(
-                    f"views.crop_size={list(crop)} must exceed the encoder's total stride {total}: its deepest stage "
-                    "would have a single cell, which instance norm sets to 0"
-                )
-        stride = self.model.patch_size if isinstance(self.model, Primus) else DENSE_STRIDE
-        if any(least_shared(size) <= stride for size in crop):
-            raise ValueError(
-                f"views.crop_size={list(crop)} is too small for dense features of stride {stride}: two views may share "
-                f"{min(map(least_shared, crop))} voxels of an axis; use {3 * stride} or more"
-            )
-        blocks = crop[0] * crop[1] * crop[2] // block**3
+        self.model.check_crop(crop, block)
+        blocks = math.prod(crop) // block**3
         if self.mask.ratio and not int(self.mask.ratio * blocks):
             raise ValueError(
                 f"mask.ratio={self.mask.ratio} of {blocks} blocks hides none: raise it, lower mask.block, or set 0"
             )
-        if not 0.4 <= self.views.overlap[0] <= self.views.overlap[1]:
-            raise ValueError(f"views.overlap={list(self.views.overlap)} must be [low, high] with 0.4 <= low <= high")
-        if self.loss.consistency != "none" and self.teacher is None:
-            raise ValueError(f"loss.consistency={self.loss.consistency} needs a teacher: set teacher.momentum")
-        self._check_batch()
-        if self.train.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"train.warmup_steps={self.train.warmup_steps} must be below train.steps={self.train.steps}"
-            )
-        return self
-
-    def _check_batch(self) -> None:
-        batch, accumulate = self.train.batch_size, self.train.accumulate
-        if batch % accumulate:
-            raise ValueError(
-                f"train.batch_size={batch} does not divide into train.accumulate={accumulate} micro-batches: "
-                f"set train.batch_size={accumulate * max(1, round(batch / accumulate))}"
-            )
-        together = batch // accumulate
-        if together == 1 and self.loss.contrastive_weight:
+        if self.train.accumulate > 1 and self.couples_volumes:
             warnings.warn(
-                "one volume at a time leaves the contrastive term without negatives: it stays 0", stacklevel=2
-            )
-        if accumulate > 1 and self.loss.weights().keys() != {"reconstruction"}:
-            warnings.warn(
-                f"train.accumulate={accumulate} is not the loss of {batch} volumes at once: batch norm and negatives "
-                f"of the heads see {together} at a time (only reconstruction is a plain mean over volumes)",
+                f"train.accumulate={self.train.accumulate} is not the loss of {self.train.batch_size} volumes at once: "
+                f"batch norm and negatives of the heads see {self.train.batch_size // self.train.accumulate} at a time "
+                "(only reconstruction is a plain mean over volumes)",
                 stacklevel=2,
             )
+        return self
 
     def check_ranks(self, ranks: int) -> None:
         """Raise ValueError unless each micro-batch divides over the ranks."""
@@ -126,29 +68,26 @@ class Recipe(Section):
 
     def save(self, path: Path) -> None:
         """Write all keys, at once or not at all."""
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-        flush(temporary)
-        temporary.replace(path)
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        write_whole(path, lambda file: file.write_text(text))
 
 
-def _divides(key: str, size: tuple[int, ...], unit: int, what: str) -> None:
-    if any(s % unit for s in size):
-        better = [max(unit, round(s / unit) * unit) for s in size]
-        raise ValueError(
-            f"{key}={list(size)} is not divisible by {what} ({unit}): set {key}={better}".replace(", ", ",")
-        )
+Kind = TypeVar("Kind", bound=Recipe)
 
 
-def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
     """Read a recipe, apply `key.subkey=value` overrides (values in YAML), and check it.
 
-    A recipe may name another one beside it as its `base`, and then holds only what differs.
+    A recipe may name another one beside it as its `base`, and then holds only what differs; of a base of another method
+    it has the keys that both methods know.
+
+    Args:
+        kind: the recipe of a method.
 
     Raises:
         ValueError: with one line that names the key and the remedy.
     """
-    numbers = _read(path)
+    numbers = _read(path, kind)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -163,13 +102,19 @@ def load_recipe(path: Path, overrides: list[str] = ()) -> Recipe:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"{key}: cannot read the value {value!r}") from None
+    wanted = kind.model_fields["method"].annotation.__args__[0]
+    if (method := numbers.get("method", wanted)) != wanted:
+        raise ValueError(
+            f"--recipe {path} is of the method {method}, for train_{method}.py: run that script, or choose a recipe "
+            f"of the method {wanted}"
+        )
     try:
-        return Recipe.model_validate(numbers)
+        return kind.model_validate(numbers)
     except ValidationError as error:
-        raise ValueError("; ".join(dict.fromkeys(_readable(e) for e in error.errors()))) from None
+        raise ValueError("; ".join(dict.fromkeys(_readable(e, kind) for e in error.errors()))) from None
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+def _read(path: Path, kind: type[Recipe], seen: tuple[Path, ...] = ()) -> dict:
     """A recipe's keys and values over those of its base."""
     try:
         numbers = yaml.safe_load(path.read_text())
@@ -186,7 +131,21 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ValueError(
             f"--recipe {path}: base={base} must be another recipe's file beside this one, without a circle"
         )
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), numbers)
+    numbers_of_base = _read(path.parent / base, kind, (*seen, path.resolve()))
+    if numbers.get("method", numbers_of_base.get("method")) != numbers_of_base.get("method"):
+        numbers_of_base = _known(numbers_of_base, kind)
+    return _merge(numbers_of_base, numbers)
+
+
+def _known(numbers: dict, section: type[BaseModel]) -> dict:
+    """Without the keys that a section, or one inside it, does not have."""
+    known = {}
+    for key, value in numbers.items():
+        if key in section.model_fields:
+            inner = section.model_fields[key].annotation
+            nested = isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel)
+            known[key] = _known(value, inner) if nested else value
+    return known
 
 
 def _merge(base: dict, changes: dict) -> dict:
@@ -204,51 +163,58 @@ def _merge(base: dict, changes: dict) -> dict:
     return merged
 
 
-def _readable(error: dict) -> str:
-    names = [str(part) for part in error["loc"] if part not in ("primus", "resenc", "adamw", "sgd")]
+def _readable(error: dict, kind: type[Recipe]) -> str:
+    tags = {*ARCHITECTURES, "adamw", "sgd"}  # which kind of a section it is, not a key
+    names = [str(part) for part in error["loc"] if part not in tags]
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(names[-1], _all_keys(Recipe), 1)
-        return f"{key}: no such key in a recipe" + (f"; did you mean {close[0]}?" if close else "")
+        known = {known.split(".")[-1]: known for known in _all_keys(kind)}
+        close = difflib.get_close_matches(names[-1], known, 1)
+        return f"{key}: no such key in a recipe" + (f"; did you mean {known[close[0]]}?" if close else "")
     if error["type"] == "missing":
         return f"{key}: missing; add it to the recipe"
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        return f"{key}.{context['discriminator'].strip(chr(39))}={context['tag']}: there are {context['expected_tags']}"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", not {error['input']!r}"
+    if message.startswith(f"{key}."):  # it names its key itself
+        return message + got
     return (f"{key}: " if key else "") + message[0].lower() + message[1:] + got
 
 
-def _all_keys(section: type[BaseModel]) -> list[str]:
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        keys.append(name)
+        keys.append(f"{prefix}{name}")
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind)
+                keys += _all_keys(kind, f"{prefix}{name}.")
     return keys
 
 
-RUN_ONLY = (
-    "data.workers",
-    "train.log_every",
-    "train.log_gradients",
-    "train.max_skipped",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.checkpoint_in_background",
-)  # may change on resume: results do not
-
-
 def differences(recipe: Recipe, path: Path) -> list[str]:
-    """The keys in which a saved recipe differs from this one, as `key: theirs there, ours here`."""
+    """The keys in which a saved recipe differs from this one, as `key: theirs there, ours here`; `run` may differ.
+
+    Raises:
+        ValueError: if it is damaged, or was saved by a version of this project that had other keys.
+    """
     try:
         there = yaml.safe_load(path.read_text())
     except yaml.YAMLError:
-        raise ValueError(f"{path} is damaged: restore it, or choose another --output") from None
+        there = None
     if not isinstance(there, dict):
         raise ValueError(f"{path} is damaged: restore it, or choose another --output")
-    saved, ours = flatten(there), flatten(recipe.model_dump(mode="json"))
-    keys = [k for k in {**saved, **ours} if k not in RUN_ONLY and saved.get(k) != ours.get(k)]
+    if "run" not in there:
+        raise ValueError(
+            f"{path} was written by an earlier version of this project: go on with that version, or start anew with "
+            "another --output"
+        )
+    saved, ours = (
+        flatten({k: v for k, v in tree.items() if k != "run"}) for tree in (there, recipe.model_dump(mode="json"))
+    )
+    keys = [k for k in {**saved, **ours} if saved.get(k) != ours.get(k)]
     return [f"{k} is {saved.get(k)} there and {ours.get(k)} here" for k in keys]
 
 

@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+from .strategy import Strategy
+
 PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that is still preparing volumes
 
 
 def make_accelerator(
-    config: Path | None,
-    settings: dict,
-    output: Path,
+    strategy: Strategy,
+    logs: Path,
     batch_per_rank: int,
     accumulate: int,
     clip_norm: float,
@@ -29,7 +30,7 @@ def make_accelerator(
     """Start the ranks' runtime.
 
     Args:
-        config, settings: what `read_strategy` was given, and what it returned.
+        logs: folder of the tracker.
         batch_per_rank: volumes of a micro-batch.
         accumulate: micro-batches a step.
         clip_norm: written into the DeepSpeed settings, which would otherwise clip at 1.
@@ -41,24 +42,24 @@ def make_accelerator(
     """
     _stand_alone()
     plugins, backend = {}, "nccl" if torch.cuda.is_available() else "gloo"
-    if "ddp" in settings:
-        plugins["kwargs_handlers"] = [_build(DistributedDataParallelKwargs, settings["ddp"], config)]
+    if strategy.kind == "ddp":
+        plugins["kwargs_handlers"] = [_build(DistributedDataParallelKwargs, strategy.settings, strategy)]
         plugins["cpu"] = not torch.cuda.is_available()  # otherwise Accelerate lets CPU ranks train each on its own
-    elif "fsdp" in settings:
-        given = {**settings["fsdp"], "transformer_cls_names_to_wrap": wrap}
-        plugins["fsdp_plugin"] = _build(FullyShardedDataParallelPlugin, given, config)
-        if settings["fsdp"].get("cpu_offload") and torch.cuda.is_available():
+    elif strategy.kind == "fsdp2":
+        given = {**strategy.settings, "transformer_cls_names_to_wrap": wrap}
+        plugins["fsdp_plugin"] = _build(FullyShardedDataParallelPlugin, given, strategy)
+        if strategy.offloads and torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is computed where the weights are
     else:
-        settings |= {
+        settings = strategy.settings | {
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": batch_per_rank,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": clip_norm,
             "zero_force_ds_cpu_optimizer": False,  # torch's own is as fast and needs no compiler
         }
-        if settings["zero_optimization"].get("stage") == 3:
-            settings["zero_optimization"] |= {
+        if strategy.stage == 3:
+            settings["zero_optimization"] = strategy.zero | {
                 "stage3_param_persistence_threshold": 0,  # else the teacher would average stale copies
                 "stage3_gather_16bit_weights_on_model_save": True,  # of any precision, for the export
             }
@@ -72,11 +73,11 @@ def make_accelerator(
         gradient_accumulation_steps=accumulate,
         mixed_precision="no",  # the model runs its own autocast, alike under every engine
         log_with=tracker,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(logs.parent), logging_dir=str(logs)),
         kwargs_handlers=[group, *plugins.pop("kwargs_handlers", [])],
         **plugins,
     )
-    got, asker = accelerator.distributed_type, config or "accelerate launch"
+    got, asker = accelerator.distributed_type, strategy.source
     if "deepspeed_plugin" in plugins and got != DistributedType.DEEPSPEED:
         raise ValueError(
             f"{asker} asks for DeepSpeed but Accelerate started {got.value}: launch without --cpu, "
@@ -92,10 +93,10 @@ def make_accelerator(
     return accelerator
 
 
-def compile_blocks(model: torch.nn.Module, settings: dict) -> None:
+def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
     """torch.compile each block of the networks; the rest is small."""
-    if settings.get("zero_optimization", {}).get("stage") == 3:
-        warnings.warn("train.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
+    if strategy.stage == 3:
+        warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
@@ -144,11 +145,11 @@ def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _build(kind: type, arguments: dict, config: Path) -> Any:
+def _build(kind: type, arguments: dict, strategy: Strategy) -> Any:
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise ValueError(f"--config {config}: {str(error).split('() ')[-1]}") from None
+        raise ValueError(f"{strategy.source}: {str(error).split('() ')[-1]}") from None
 
 
 def describe_engine(accelerator: Accelerator) -> str:

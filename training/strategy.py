@@ -3,7 +3,9 @@
 import json
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 RECIPE_SETS = {"train_batch_size", "optimizer", "scheduler", "bf16", "fp16"}
 IGNORED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -25,14 +27,43 @@ FSDP2 = {
 }
 
 
-def read_strategy(config: Path | None) -> dict:
-    """Settings with the key "ddp", "fsdp" or "zero_optimization" (those of DeepSpeed).
+@dataclass(frozen=True)
+class Strategy:
+    """What a rank holds of weights, gradients and optimiser, and which library sees to it."""
 
-    Args:
-        config: a file of ds_configs/; None for what the launcher was told, plain data parallel if nothing.
+    kind: Literal["ddp", "zero", "fsdp2"]
+    settings: dict  # as DistributedDataParallelKwargs, DeepSpeed or FullyShardedDataParallelPlugin take them
+    source: str  # who asks for it: "--config FILE", or the launcher
+
+    @property
+    def zero(self) -> dict:
+        """The section zero_optimization of DeepSpeed's settings."""
+        return self.settings["zero_optimization"] if self.kind == "zero" else {}
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 for the others."""
+        return self.zero.get("stage", 0)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds whole weights."""
+        return self.kind == "fsdp2" or self.stage == 3
+
+    @property
+    def offloads(self) -> dict[str, str]:
+        """What does not stay on the GPU ("optimizer", "param"), and where it goes."""
+        if self.kind == "fsdp2":
+            return {"optimizer": "cpu", "param": "cpu"} if self.settings.get("cpu_offload") else {}
+        places = {part: (self.zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")}
+        return {part: place for part, place in places.items() if place and place != "none"}
+
+
+def read_strategy(config: Path | None) -> Strategy:
+    """A file of ds_configs/; None for what the launcher was told, plain data parallel if nothing.
 
     Raises:
-        ValueError: with the remedy, if they cannot be used.
+        ValueError: with the remedy, if it cannot be used.
     """
     settings, where = _from_launcher() if config is None else _from_config(config)
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # Accelerate refuses these beside settings of ours
@@ -43,32 +74,25 @@ def read_strategy(config: Path | None) -> dict:
             warnings.warn(f"{where}: {key}={settings[key]} is ignored, the recipe sets it", stacklevel=2)
     if settings.get("zero_force_ds_cpu_optimizer"):
         warnings.warn(f"{where}: zero_force_ds_cpu_optimizer is ignored, torch's optimiser is used", stacklevel=2)
-    zero = settings.get("zero_optimization", {})
+    if "ddp" in settings:
+        return Strategy("ddp", settings["ddp"], where)
+    if "fsdp" in settings:
+        if settings["fsdp"].get("activation_checkpointing"):
+            raise ValueError(
+                f"{where}: remove activation_checkpointing and set run.gradient_checkpointing=true instead"
+            )
+        return Strategy("fsdp2", settings["fsdp"], where)
+    zero = settings["zero_optimization"]
     for key, usual in UNSUPPORTED.items():
         if zero.get(key, usual) != usual or (zero.get("offload_optimizer") or {}).get(key, usual) != usual:
             raise ValueError(f"{where}: remove {key}: the teacher, or checkpoints, would go wrong under it")
-    for place in offloads(settings).values():
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3; ds_configs/ddp.json is without sharding")
+    strategy = Strategy("zero", {key: value for key, value in settings.items() if key not in RECIPE_SETS}, where)
+    for place in strategy.offloads.values():
         if place != "cpu":
             raise ValueError(f"{where}: offloading to {place} is not supported: offload to cpu")
-    if zero.get("stage") not in (None, 1, 2, 3):
-        raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3; ds_configs/ddp.json is without sharding")
-    if settings.get("fsdp", {}).get("activation_checkpointing"):
-        raise ValueError(f"{where}: remove activation_checkpointing and set train.gradient_checkpointing=true instead")
-    return {key: value for key, value in settings.items() if key not in RECIPE_SETS}
-
-
-def shards_weights(settings: dict) -> bool:
-    """Whether no rank holds whole weights (ZeRO-3, FSDP2)."""
-    return "fsdp" in settings or settings.get("zero_optimization", {}).get("stage") == 3
-
-
-def offloads(settings: dict) -> dict[str, str]:
-    """What does not stay on the GPU ("optimizer", "param"), and where it goes."""
-    if settings.get("fsdp", {}).get("cpu_offload"):
-        return {"optimizer": "cpu", "param": "cpu"}
-    zero = settings.get("zero_optimization", {})
-    places = {part: (zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")}
-    return {part: place for part, place in places.items() if place and place != "none"}
+    return strategy
 
 
 def _left_open(value: object) -> bool:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .recipe import Recipe
-from .strategy import offloads
+from models.distributed import Traffic
+from training.recipe import Recipe
+from training.strategy import Strategy
 
 BYTES = 4  # an element
 PARTS = ("parameters", "gradients", "optimiser", "teacher", "communication", "activations")
@@ -51,38 +52,36 @@ def elements(weights: list[Weight], size: Callable[[Weight], int] = lambda weigh
     return sum(size(w) for w in weights if w.trained), sum(size(w) for w in weights if not w.trained)
 
 
-def optimiser_copies(recipe: Recipe, settings: dict) -> int:
+def optimiser_copies(recipe: Recipe, deepspeed: bool = False) -> int:
     """Of each trained element: moments, and the weights of its own that DeepSpeed updates."""
-    return {"adamw": 2, "sgd": 1}[recipe.optimizer.name] + ("zero_optimization" in settings)
+    return {"adamw": 2, "sgd": 1}[recipe.optimizer.name] + deepspeed
 
 
 def checkpoint_bytes(weights: list[Weight], recipe: Recipe) -> int:
     """Of all ranks together, the same under every strategy."""
     trained, teacher = elements(weights)
-    return BYTES * (trained + teacher + optimiser_copies(recipe, {}) * trained)
+    return BYTES * (trained + teacher + optimiser_copies(recipe) * trained)
 
 
 # --------------------------------------------------------------------------- memory
 
 
-def memory(weights: list[Weight], recipe: Recipe, settings: dict, ranks: int, timeline: Timeline) -> Parts:
+def memory(weights: list[Weight], recipe: Recipe, strategy: Strategy, ranks: int, timeline: Timeline) -> Parts:
     """Of the fullest rank, at its fullest moment.
 
     Args:
         weights: of the composite (`weights_of`).
-        settings: of the strategy (`read_strategy`).
-        timeline: of one rank's share of a micro-batch (`step_cost`).
+        timeline: of one rank's share of a micro-batch (`StepCost`).
 
     Returns:
         The `PARTS` on the device and their `total`; `host`, what is offloaded.
     """
-    if "ddp" in settings:
+    if strategy.kind == "ddp":
         phases = _ddp(weights, recipe, timeline)
-    elif "fsdp" in settings:
-        phases = _fsdp2(weights, recipe, ranks, timeline, bool(settings["fsdp"].get("cpu_offload")))
+    elif strategy.kind == "fsdp2":
+        phases = _fsdp2(weights, recipe, ranks, timeline, bool(strategy.offloads))
     else:
-        zero = settings["zero_optimization"]
-        phases = (_zero3 if zero.get("stage") == 3 else _zero12)(weights, recipe, zero, ranks, timeline)
+        phases = (_zero3 if strategy.stage == 3 else _zero12)(weights, recipe, strategy, ranks, timeline)
     fullest = max(phases, key=lambda parts: sum(value for part, value in parts.items() if part != "host"))
     parts = {part: float(fullest.get(part, 0)) for part in PARTS}
     return {**parts, "total": sum(parts.values()), "host": float(fullest.get("host", 0))}
@@ -93,7 +92,7 @@ def _ddp(weights: list[Weight], recipe: Recipe, timeline: Timeline) -> Iterator[
     trained, teacher = elements(weights)
     fixed = {
         "parameters": BYTES * trained,
-        "optimiser": BYTES * optimiser_copies(recipe, {"ddp": {}}) * trained,
+        "optimiser": BYTES * optimiser_copies(recipe) * trained,
         "teacher": BYTES * teacher,
     }
     twice = recipe.train.accumulate > 1
@@ -122,22 +121,25 @@ def zero_touched(weights: list[Weight], ranks: int) -> list[int]:
     return touched
 
 
-def _zero12(weights: list[Weight], recipe: Recipe, zero: dict, ranks: int, timeline: Timeline) -> Iterator[Parts]:
+def _zero12(
+    weights: list[Weight], recipe: Recipe, strategy: Strategy, ranks: int, timeline: Timeline
+) -> Iterator[Parts]:
+    zero = strategy.zero
     trained, teacher = elements(weights)
     share, kept = zero_partition(trained, ranks), max(zero_touched(weights, ranks))
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     buckets = BYTES * bucket * (2 if zero.get("overlap_comm") else 1)  # allocated whole, however small the model
     cut = BYTES * min(bucket, trained) if ranks > 1 else 0  # a bucket that spans ranks is copied to be reduced
-    states = BYTES * optimiser_copies(recipe, {"zero_optimization": zero}) * share
+    states = BYTES * optimiser_copies(recipe, deepspeed=True) * share
     fixed = {"parameters": BYTES * share * ranks, "optimiser": states, "teacher": BYTES * teacher}
-    offload = "optimizer" in offloads({"zero_optimization": zero})
+    offload = "optimizer" in strategy.offloads
     if offload:
         largest = max(w.size for w in weights if w.trained)
         host = states + BYTES * (2 * share + largest)  # gradients of the share, and the weights on their way back
         fixed |= {"optimiser": 0, "communication": BYTES * largest, "host": host}
         kept = 0
     before = recipe.train.accumulate > 1
-    waits = zero["stage"] == 1  # whole gradients stay until the last micro-batch is through
+    waits = strategy.stage == 1  # whole gradients stay until the last micro-batch is through
     for done, rest in timeline:
         full = min(1, bucket / trained) < done / (BYTES * trained)  # a bucket has been reduced by now
         gradients = (BYTES * trained if before else done) if waits else BYTES * kept * before
@@ -160,12 +162,15 @@ def zero3_shard(weight: Weight, ranks: int) -> int:
     return -(-weight.size // ranks)
 
 
-def _zero3(weights: list[Weight], recipe: Recipe, zero: dict, ranks: int, timeline: Timeline) -> Iterator[Parts]:
+def _zero3(
+    weights: list[Weight], recipe: Recipe, strategy: Strategy, ranks: int, timeline: Timeline
+) -> Iterator[Parts]:
+    zero, away = strategy.zero, strategy.offloads
     whole, whole_teacher = elements(weights)
     trained, teacher = elements(weights, lambda w: zero3_shard(w, ranks))
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     ahead = min(whole + whole_teacher, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
-    states = BYTES * optimiser_copies(recipe, {"zero_optimization": zero}) * trained
+    states = BYTES * optimiser_copies(recipe, deepspeed=True) * trained
     sharded = BYTES * trained
     fixed = {
         "parameters": sharded,
@@ -175,7 +180,6 @@ def _zero3(weights: list[Weight], recipe: Recipe, zero: dict, ranks: int, timeli
         "communication": BYTES * bucket,
     }
     host = 0
-    away = offloads({"zero_optimization": zero})
     if "param" in away:
         fixed |= {"parameters": 0, "teacher": 0}
         host += sharded + BYTES * teacher
@@ -214,7 +218,7 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
         if weight.unit:
             sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.size
     block = BYTES * max(sizes.values(), default=0)
-    states = BYTES * optimiser_copies(recipe, {"fsdp": {}}) * trained
+    states = BYTES * optimiser_copies(recipe) * trained
     fixed = {"parameters": BYTES * trained, "optimiser": states, "teacher": BYTES * teacher}
     here = 1
     if offload:
@@ -251,18 +255,21 @@ def _joined(first: Parts, second: Parts) -> Parts:
 # --------------------------------------------------------------------------- communication
 
 
-def communication(weights: list[Weight], recipe: Recipe, settings: dict, ranks: int) -> Parts:
+def communication(weights: list[Weight], recipe: Recipe, strategy: Strategy, ranks: int, traffic: Traffic) -> Parts:
     """What a rank sends in a step, and receives as much, by kind; collectives around a ring.
 
     All-reduce sends twice what a reduce-scatter or an all-gather of the same tensor does.
+
+    Args:
+        traffic: of the losses (`StepCost`).
     """
     trained, teacher = (BYTES * n for n in elements(weights))
     accumulate = recipe.train.accumulate
     share = (ranks - 1) / ranks
-    kinds = {"heads": float(accumulate * _heads(recipe, ranks))}
-    if "ddp" in settings:
+    kinds = {"heads and losses": accumulate * traffic.sent(ranks)}
+    if strategy.kind == "ddp":
         return {"gradients, all-reduce": 2 * share * trained, **kinds}
-    if "fsdp" in settings:
+    if strategy.kind == "fsdp2":
         shard = {w: BYTES * ranks * fsdp2_shard(w, ranks) for w in set(weights)}
         student_units = sum(shard[w] for w in weights if w.trained and w.unit)
         everything = sum(shard[w] for w in weights)  # forward; a student's units again in the backward pass
@@ -271,33 +278,16 @@ def communication(weights: list[Weight], recipe: Recipe, settings: dict, ranks: 
             "parameters, all-gather": share * accumulate * (everything + student_units),
             **kinds,
         }
-    zero = settings["zero_optimization"]
-    if zero.get("stage") == 3:
+    if strategy.stage == 3:
         trained, teacher = (BYTES * ranks * n for n in elements(weights, lambda w: zero3_shard(w, ranks)))
         return {
             "gradients, reduce-scatter": share * accumulate * trained,
             "parameters, all-gather": share * accumulate * (trained + teacher),  # kept for the backward pass
             **kinds,
         }
-    reductions = accumulate if zero.get("stage") == 2 else 1  # ZeRO-2 keeps no whole gradients between micro-batches
+    reductions = accumulate if strategy.stage == 2 else 1  # ZeRO-2 keeps no whole gradients between micro-batches
     return {
         "gradients, all-reduce": 2 * share * reductions * trained,  # also ZeRO-2: of whole buckets, by default
         "parameters, all-gather": share * BYTES * zero_partition(trained // BYTES, ranks) * ranks,
         **kinds,
     }
-
-
-def _heads(recipe: Recipe, ranks: int) -> float:
-    """Statistics of batch norm and rows to contrast with, of one micro-batch."""
-    terms, heads = recipe.loss.weights(), recipe.heads
-    views = 2 * recipe.train.batch_size // (ranks * recipe.train.accumulate)
-    passes = ("consistency" in terms) + ("contrastive" in terms)
-    statistics = 2 * BYTES * 3 * heads.projector_size * passes
-    student = statistics + (2 * BYTES * heads.predictor_size * passes if recipe.teacher else 0)
-    gathers, reductions = student + (statistics if recipe.teacher else 0), student
-    rows = views * ("contrastive" in terms)
-    rows += views * math.prod(recipe.views.cells) * (recipe.loss.consistency == "c_cva")
-    negatives = BYTES * rows * heads.projector_size
-    gathers += negatives * (2 if recipe.teacher else 1)
-    reductions += negatives * ranks  # of the gathered rows' gradient
-    return (ranks - 1) * gathers + 2 * (ranks - 1) / ranks * reductions

@@ -14,46 +14,35 @@ import torch
 from data.demo import demo_volume
 from data.nifti import find_volumes
 from data.prepared import prepared_file
+from training.checkpoints import KEEP, complete_checkpoints
+from training.launch import Launch
+from training.recipe import Recipe
+from training.run_folder import RunFolder
 
-from .checkpoints import KEEP, complete_checkpoints
 from .plan import Parts, Weight, checkpoint_bytes
-from .recipe import Recipe
 
 SHOWN = 3  # bad files that are named
 
 
-def check_late_failures(
-    recipe: Recipe,
-    weights: list[Weight],
-    settings: dict,
-    ranks: int,
-    memory: Parts,
-    data: Path | None,
-    prepared: Path,
-    output: Path,
-    wandb: bool,
-) -> bool:
+def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], memory: Parts) -> bool:
     """Print one line a check, "ok ..." or "FAILS ..."; whether all passed.
 
     Args:
         memory: what `plan.memory` returned.
-        data: the folder of --data; None for the demo.
-        prepared, output: folders of the run, which need not exist.
-        wandb: whether Weights & Biases is to track the run.
     """
     try:
-        paths = find_volumes(data) if data else [demo_volume()]
+        paths = find_volumes(launch.data) if launch.data else [demo_volume()]
     except (ValueError, OSError) as error:
         paths, missing = [], str(error)
     checks: list[Callable[[], str]] = [
-        lambda: check_batch(recipe, ranks),
+        lambda: check_batch(recipe, launch.ranks),
         lambda: check_data(paths, recipe) if paths else _fail(missing),
-        lambda: check_writable(output, "--output"),
-        lambda: check_writable(prepared, "--prepared"),
-        lambda: check_disk(output, prepared, paths, recipe, checkpoint_bytes(weights, recipe)),
-        lambda: check_tracker(wandb),
+        lambda: check_writable(launch.folder.path, "--output"),
+        lambda: check_writable(launch.prepared, "--prepared"),
+        lambda: check_disk(launch, paths, recipe, checkpoint_bytes(weights, recipe)),
+        lambda: check_tracker(launch.wandb),
         lambda: check_device_memory(memory),
-        lambda: check_host_memory(memory, ranks),
+        lambda: check_host_memory(memory, launch.ranks),
     ]
     passed = True
     for check in checks:
@@ -122,30 +111,31 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def check_room(output: Path, checkpoint: int, more: float = 0) -> str:
+def check_room(folder: RunFolder, checkpoint: int, more: float = 0) -> str:
     """Raise ValueError unless the disk holds the checkpoints of `checkpoint` bytes that a run keeps, and `more`."""
-    free = shutil.disk_usage(_existing(output)).free
-    needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(output / "checkpoints"))) + more
+    free = shutil.disk_usage(_existing(folder.path)).free
+    needed = checkpoint * (KEEP + 1 - len(complete_checkpoints(folder.checkpoints))) + more
     if free < needed:
         raise ValueError(
-            f"--output {output}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run keeps "
-            f"{KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one"
+            f"--output {folder.path}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed: the run "
+            f"keeps {KEEP} checkpoints of {checkpoint / 1e9:.1f} GB and writes the next before it removes one"
             f"{f', and prepares {more / 1e9:.1f} GB of volumes' if more else ''}; free some or choose another folder"
         )
     return f"{free / 1e9:.1f} GB free for {needed / 1e9:.1f} GB of checkpoints{' and volumes' if more else ''}"
 
 
-def check_disk(output: Path, prepared: Path, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
+def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
+    folder, prepared = launch.folder, launch.prepared
     volumes = sum(_prepared_bytes(path, prepared, recipe) for path in paths)
-    if _existing(output).stat().st_dev == _existing(prepared).stat().st_dev:
-        return check_room(output, checkpoint, volumes)
+    if _existing(folder.path).stat().st_dev == _existing(prepared).stat().st_dev:
+        return check_room(folder, checkpoint, volumes)
     free = shutil.disk_usage(_existing(prepared)).free
     if free < volumes:
         raise ValueError(
             f"--prepared {prepared}: {free / 1e9:.1f} GB free on its disk, {volumes / 1e9:.1f} GB needed for prepared "
             "volumes: free some or choose another folder"
         )
-    return check_room(output, checkpoint)
+    return check_room(folder, checkpoint)
 
 
 def _prepared_bytes(path: Path, folder: Path, recipe: Recipe) -> float:
@@ -184,7 +174,7 @@ def check_device_memory(memory: Parts) -> str:
     there = torch.cuda.get_device_properties(0).total_memory
     if memory["total"] > there:
         raise ValueError(
-            f"{memory['total'] / 1e9:.1f} GB a rank, the GPU has {there / 1e9:.1f}: set train.gradient_checkpointing="
+            f"{memory['total'] / 1e9:.1f} GB a rank, the GPU has {there / 1e9:.1f}: set run.gradient_checkpointing="
             "true, raise train.accumulate, or take more ranks"
         )
     return f"{memory['total'] / 1e9:.1f} of the GPU's {there / 1e9:.1f} GB"

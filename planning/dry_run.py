@@ -1,51 +1,47 @@
 """The plan of a run, printed: what it takes of memory, communication and time, and what would stop it later."""
 
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .estimate import random_batch, step_inputs
+from training.estimate import StepCost
+from training.launch import Launch
+from training.recipe import Recipe
+
 from .late_checks import check_late_failures
 from .plan import PARTS, Parts, communication, memory, weights_of
-from .recipe import Recipe
 
 CPU_FLOPS = 1e12  # what a CPU is asked to do to time itself: some 20 s
 
 
 def dry_run(
+    launch: Launch,
     recipe: Recipe,
-    settings: dict,
     model: nn.Module,
-    cost: dict[str, Any],
-    ranks: int,
-    data: Path | None,
-    prepared: Path,
-    output: Path,
-    wandb: bool,
+    cost: StepCost,
+    noise: Callable[..., dict[str, torch.Tensor]],
     tflops: float | None = None,
 ) -> bool:
-    """Print the plan of a run of `ranks`, and the checks of what can fail late; whether all passed.
+    """Print the plan of a run, and the checks of what can fail late; whether all passed.
 
     Args:
-        settings: of the strategy (`read_strategy`).
         model: the composite, not wrapped, without a process group.
-        cost: of one rank's share of a micro-batch (`step_cost`), at least one volume.
-        data: the folder of --data; None for the demo.
+        cost: of `launch.volumes`.
+        noise: makes a batch for a device (`noise_batch`).
         tflops: what a rank reaches; measured here, on one volume, if it is not given and that is quick.
     """
-    weights = weights_of(model)
-    parts = memory(weights, recipe, settings, ranks, cost["timeline"])
+    weights, ranks = weights_of(model), launch.ranks
+    parts = memory(weights, recipe, launch.strategy, ranks, cost.timeline)
     basis = "given"
     if tflops is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        volumes = max(1, recipe.train.batch_size // (ranks * recipe.train.accumulate))
-        tflops = measured_tflops(model, recipe, cost["flops"] / volumes, device)
+        tflops = measured_tflops(model, noise, cost.flops / cost.volumes, device)
         basis = f"measured on this {device.type}"
-    print_plan(recipe, ranks, parts, communication(weights, recipe, settings, ranks), cost["flops"], tflops, basis)
-    return check_late_failures(recipe, weights, settings, ranks, parts, data, prepared, output, wandb)
+    sent = communication(weights, recipe, launch.strategy, ranks, cost.traffic)
+    print_plan(recipe, ranks, parts, sent, cost.flops, tflops, basis)
+    return check_late_failures(launch, recipe, weights, parts)
 
 
 def seconds_a_step(flops: float, accumulate: int, tflops: float) -> float:
@@ -53,7 +49,7 @@ def seconds_a_step(flops: float, accumulate: int, tflops: float) -> float:
     return accumulate * flops / (tflops * 1e12)
 
 
-def measured_tflops(model: nn.Module, recipe: Recipe, flops: float, device: torch.device) -> float | None:
+def measured_tflops(model: nn.Module, noise: Callable, flops: float, device: torch.device) -> float | None:
     """The rate of one forward and backward pass of one volume of noise, which takes `flops`; `model` ends on the CPU.
 
     None where that would be long: on a CPU, for more than a toy.
@@ -61,7 +57,7 @@ def measured_tflops(model: nn.Module, recipe: Recipe, flops: float, device: torc
     if device.type == "cpu" and flops > CPU_FLOPS:
         return None
     model.to(device)
-    batch = random_batch(step_inputs(recipe, 1), recipe.mask.ratio, device)
+    batch = noise(device=device)
     for _ in range(2):  # the first warms up
         torch.get_device_module(device).synchronize()
         started = time.perf_counter()

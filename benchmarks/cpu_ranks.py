@@ -1,0 +1,9 @@
+"""What CPU ranks need that GPUs do not, for tests and benchmarks."""
+
+from accelerate import DistributedType, PartialState
+
+
+def offer_fsdp() -> None:
+    """Accelerate offers FSDP to GPUs only; with this, before the run starts, a CPU has it too."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

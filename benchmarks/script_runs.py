@@ -1,0 +1,45 @@
+"""Runs of train_cva.py in this project's own processes, for what benchmarks measure of them."""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from multiprocessing import get_context, set_start_method
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+import train_cva
+from training.launch import parse_arguments
+from training.recipe import Recipe
+
+
+def in_new_process(function: Callable, *arguments: Any) -> Any:
+    """What `function` returns there; a process can train only once, since Accelerate keeps global state."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_call, function, *arguments).result()
+
+
+def _call(function: Callable, *arguments: Any) -> Any:
+    set_start_method(None, force=True)  # a spawned process would spawn its loaders too
+    return function(*arguments)
+
+
+def train(arguments: list, write_results: Callable = lambda *_: None) -> None:
+    """What `python train_cva.py ARGUMENTS` does, but for results; what it prints goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        train_cva.main(parse_arguments(train_cva.__doc__, [str(part) for part in arguments]), write_results)
+
+
+def write_noise(folder: Path, recipe: Recipe) -> Path:
+    """A volume a quarter larger than the crop that needs no resampling, as `--data`; returns the folder."""
+    folder.mkdir()
+    volume = np.random.default_rng(0).normal(size=[size * 5 // 4 for size in recipe.views.crop_size])
+    # the array's axes are those of the prepared volume: where each points in the world
+    axes, signs = nib.orientations.axcodes2ornt(recipe.data.orientation).T
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[axes.astype(int)].T * signs * recipe.data.spacing
+    nib.save(nib.Nifti1Image(volume.astype(np.float32), affine), folder / "noise.nii")
+    return folder

@@ -1,0 +1,119 @@
+"""The table of encoders: all that the rest of the project knows of each. A new one is a modelling file and a row."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from . import nnunet_names
+from .configuration_primus import PrimusConfig
+from .configuration_resenc import ResEncConfig
+from .features import primus_features, resenc_features
+from .masked_primus import MaskedPrimus
+from .masked_resenc import MaskedResEnc
+from .model_sections import ModelSection, Primus, ResEnc
+from .modeling_primus import PrimusModel
+from .modeling_resenc import ResEncModel
+from .nnunet_names import NnunetNames
+
+
+class FeatureMap(NamedTuple):
+    """A stage that a user may start from, for the examples of the model card."""
+
+    stage: str
+    channels: int
+    stride: int  # voxels a cell
+
+
+class Architecture(NamedTuple):
+    """A row; its key is the `model_type` of the configuration and `model.architecture` of a recipe."""
+
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    section: type[ModelSection]  # of a recipe: its numbers, what they ask of a crop, stride of the dense features
+    student: Callable[..., nn.Module]  # (encoder, section, mask ratio, reconstructs=, dense=, pooled=)
+    dense: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # see `dense_features`
+    feature_map: Callable[[PretrainedConfig], FeatureMap]
+    hides: str  # what a mask hides, in the plural
+    input_weight: str  # the kernels that read the voxels
+    name: str
+    kind: str
+    paper: str
+    output: str  # what `last_hidden_state` is
+    nnunet: NnunetNames | None  # None: nnU-Net has no such network
+
+
+ARCHITECTURES = {
+    "primus": Architecture(
+        config=PrimusConfig,
+        model=PrimusModel,
+        section=Primus,
+        student=lambda encoder, section, mask_ratio, **wanted: MaskedPrimus(
+            encoder,
+            mask_ratio,
+            **wanted,
+            decoder_layers=section.decoder_layers,
+            feature_decoder_heads=section.feature_decoder_heads,
+        ),
+        dense=primus_features,
+        feature_map=lambda config: FeatureMap(config.stage_names[-1], config.hidden_size, config.patch_size[0]),
+        hides="tokens",
+        input_weight="patch_embed.weight",
+        name="Primus",
+        kind="a vision transformer",
+        paper="Wald et al. 2025, arXiv:2503.01835",
+        output="tokens [1, N, C]",
+        nnunet=nnunet_names.PRIMUS,
+    ),
+    "resenc": Architecture(
+        config=ResEncConfig,
+        model=ResEncModel,
+        section=ResEnc,
+        student=lambda encoder, section, mask_ratio, **wanted: MaskedResEnc(encoder, **wanted),
+        dense=resenc_features,
+        feature_map=lambda config: _middle_stage(config),
+        hides="blocks",
+        input_weight="stem.conv.weight",
+        name="ResEnc",
+        kind="nnU-Net's residual CNN",
+        paper="Isensee et al. 2024, arXiv:2404.09556",
+        output="feature map of the deepest stage",
+        nnunet=nnunet_names.RESENC,
+    ),
+}
+
+
+def _middle_stage(config: ResEncConfig) -> FeatureMap:
+    depth = min(4, len(config.depths))
+    return FeatureMap(f"stage{depth}", config.hidden_sizes[depth - 1], math.prod(config.strides[:depth]))
+
+
+def architecture(name: object) -> Architecture:
+    """The row of this name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"{name!r} is no encoder of this project: there are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def names_in_nnunet(model_type: str) -> NnunetNames:
+    """What nnU-Net calls an architecture.
+
+    Raises:
+        ValueError: if nnU-Net has no such network.
+    """
+    names = architecture(model_type).nnunet
+    if names is None:
+        raise ValueError(f"nnU-Net and nnssl have no network like a {model_type}")
+    return names
+
+
+def dense_features(encoder: PreTrainedModel, views: torch.Tensor) -> torch.Tensor:
+    """What an encoder makes of unmasked crops `[B, C, X, Y, Z]`, without anything of pretraining: `[B, D, x, y, z]`."""
+    return architecture(encoder.config.model_type).dense(encoder, views)

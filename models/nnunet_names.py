@@ -1,0 +1,184 @@
+"""What nnssl, nnU-Net and dynamic-network-architectures call our networks and their tensors."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from .configuration_primus import PRIMUS_SIZES
+from .masked_resenc import unet_decoder
+
+Weights = dict[str, torch.Tensor]
+
+
+class NnunetNames(NamedTuple):
+    """Of one architecture; a function takes our configuration."""
+
+    anchor: str  # a tensor that is in each of their checkpoints, and in those of no other architecture
+    tensor: Callable[[str, PretrainedConfig], list[str]]  # all names of one of ours, see `reference_names`
+    network: Callable[[PretrainedConfig], dict[str, Any]]  # their class, and its numbers unless the name implies them
+    keys: dict[str, Any]  # of the adaptation plan: where encoder, stem and position embedding are
+    trainer: str  # that fine-tunes it on nnU-Net's main branch
+    decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that release 2.8.1 loads whole
+    from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
+
+
+# --------------------------------------------------------------------------- Primus
+
+PRIMUS_NAMES = (  # ours, theirs; the more special first
+    ("patch_embed.", "down_projection.proj."),
+    ("transformer.register_tokens", "register_tokens"),
+    ("transformer.", "eva."),
+    ("position_embedding", "pos_embed"),
+    (".attention.", ".attn."),
+    (".scale1", ".gamma_1"),
+    (".scale2", ".gamma_2"),
+    (".gate.", ".fc1_g."),
+    (".up.", ".fc1_x."),
+    (".down.", ".fc2."),
+)
+
+
+def _primus_names(name: str, config: PretrainedConfig) -> list[str]:
+    if name.startswith("patch_decoder."):
+        _, layer, what = name.split(".")
+        stage, kind = divmod(int(layer), 3)  # convolution, norm, activation
+        nested = [f"up_projection.decode.{stage}.{kind}.{what}"]
+        return nested if kind else [*nested, f"up_projection.decode.{stage}.{what}"]  # the last stage is not nested
+    for ours, theirs in PRIMUS_NAMES:
+        name = name.replace(ours, theirs)
+    return [name]
+
+
+def _primus_from_yxz(
+    weights: dict[str, torch.Tensor], config: PretrainedConfig, image_size: tuple[int, ...] | None
+) -> dict[str, torch.Tensor]:
+    """Renumber the tokens of weights trained with the second axis slowest, so that the features stay the same.
+
+    The position embedding is transposed. The rotary embedding turned the first third of each head's channels with the
+    second axis and the second third with the first: these channels of queries and keys change places.
+    """
+    for grid in (config.image_size, image_size or config.image_size):
+        if grid[0] != grid[1]:
+            raise ValueError(f"tokens in the order yxz can be converted only for crops with X = Y, not {list(grid)}")
+    return {name: _swap(name, tensor, config) for name, tensor in weights.items()}
+
+
+def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    if name.endswith("position_embedding"):
+        registers = tensor.shape[1] - math.prod(config.grid_size)
+        before, tokens = tensor.tensor_split([registers], dim=1)
+        tokens = tokens.unflatten(1, config.grid_size).transpose(1, 2).flatten(1, 3)
+        return torch.cat((before, tokens), dim=1)
+    if re.search(r"\.attention\.[qk]_proj\.", name):
+        heads = config.num_attention_heads
+        thirds = tensor.unflatten(0, (heads, 3, -1))
+        return thirds[:, [1, 0, 2]].flatten(0, 2)
+    return tensor
+
+
+def _primus_network(config: PretrainedConfig) -> dict[str, Any]:
+    if config.num_register_tokens:
+        raise ValueError("nnU-Net's Primus has no register tokens: this encoder cannot be exported to it")
+    for size, numbers in PRIMUS_SIZES.items():
+        if config.patch_size == [8, 8, 8] and all(getattr(config, key) == n for key, n in numbers.items()):
+            return {"arch_class_name": f"Primus{size}", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    numbers = {
+        "embed_dim": config.hidden_size,
+        "patch_embed_size": config.patch_size,
+        "encoder_eva_depth": config.num_hidden_layers,
+        "encoder_eva_numheads": config.num_attention_heads,
+        "init_values": config.layer_scale_init,
+        "scale_attn_inner": True,
+    }
+    return {"arch_class_name": "Primus", "arch_kwargs": numbers, "arch_kwargs_requiring_import": []}
+
+
+PRIMUS = NnunetNames(
+    anchor="down_projection.proj.weight",
+    tensor=_primus_names,
+    network=_primus_network,
+    keys={
+        "key_to_encoder": "eva",
+        "key_to_stem": "down_projection",
+        "keys_to_in_proj": ["down_projection.proj"],
+        "key_to_lpe": "eva.pos_embed",
+    },
+    trainer="PretrainedTrainer_Primusx",
+    decoder=None,
+    from_yxz=_primus_from_yxz,
+)
+
+# --------------------------------------------------------------------------- ResEnc
+
+RESENC_L = {
+    "hidden_sizes": [32, 64, 128, 256, 320, 320],
+    "strides": [1, 2, 2, 2, 2, 2],
+    "depths": [1, 3, 4, 6, 6, 6],
+    "norm_eps": 1e-5,
+}
+
+
+def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
+    parts = name.split(".")
+    if name.startswith("decoder.upsample."):
+        return [name.replace("upsample", "transpconvs")]
+    if name.startswith("decoder.output."):
+        return [f"decoder.seg_layers.{len(config.depths) - 2}.{parts[-1]}"]
+    kind, what = parts[-2:]  # conv or norm; weight or bias
+    if parts[0] == "stem":
+        layer = "encoder.stem.convs.0"
+    elif parts[0] == "decoder":
+        layer = f"decoder.stages.{parts[2]}.convs.0"
+    else:
+        _, stage, block, branch = parts[:4]
+        if branch == "skip":  # behind the average pooling, where there is one
+            branch = f"skip.{int(config.strides[int(stage)] > 1 and block == '0')}"
+        layer = f"encoder.stages.{stage}.blocks.{block}.{branch}"
+    names = [f"{layer}.{kind}.{what}", f"{layer}.all_modules.{('conv', 'norm').index(kind)}.{what}"]
+    return names if parts[0] == "decoder" else names + [f"decoder.{n}" for n in names]
+
+
+def _resenc_network(config: PretrainedConfig) -> dict[str, Any]:
+    if all(getattr(config, key) == value for key, value in RESENC_L.items()):
+        return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    stages = len(config.depths)
+    numbers = {
+        "n_stages": stages,
+        "features_per_stage": config.hidden_sizes,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[stride] * 3 for stride in config.strides],
+        "n_blocks_per_stage": config.depths,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": config.norm_eps, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    return {"arch_class_name": name, "arch_kwargs": numbers, "arch_kwargs_requiring_import": imported}
+
+
+RESENC = NnunetNames(
+    anchor="encoder.stem.convs.0.conv.weight",
+    tensor=_resenc_names,
+    network=_resenc_network,
+    keys={
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+        "key_to_lpe": None,
+    },
+    trainer="PretrainedTrainer",
+    decoder=unet_decoder,
+    from_yxz=None,
+)

@@ -1,0 +1,89 @@
+"""Pretrain a 3D encoder by telling how bright each crop is."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from losses.brightness import brightness_objective
+from models.brightness import Brightness
+
+from data.stream import SampleStream, render
+from models.section import Section, Weight
+from planning.banner import print_banner
+from planning.dry_run import dry_run
+from training.command_line import run as run_script
+from training.estimate import noise_batch, step_cost
+from training.export import export_run
+from training.facts import Method
+from training.launch import parse_arguments, read_launch
+from training.recipe import Recipe, load_recipe
+from training.run import Run
+from training.student import build_student
+
+DEMO = Path(__file__).resolve().parent / "recipes" / "brightness.yaml"
+METHOD = Method("Brightness", "nobody 2026", {"brightness": "guessing how bright a crop is"})
+
+
+class BrightnessSection(Section):
+    weight: Weight
+
+
+class BrightnessRecipe(Recipe):
+    method: Literal["brightness"]
+    brightness: BrightnessSection
+
+
+def build_model(recipe):
+    student = build_student(recipe, reconstructs=False, dense=False, pooled=True)
+    return Brightness(student, brightness_objective, {"brightness": recipe.brightness.weight}, recipe.train.precision)
+
+
+def build_stream(files, recipe, model):
+    return SampleStream(
+        files,
+        recipe.seed,
+        recipe.data.spacing,
+        **recipe.views.model_dump(),
+        overlap=(0.4, 0.8),
+        intensity=recipe.intensity.chances(),
+        mask_block=recipe.mask.block,
+        mask_ratio=recipe.mask.ratio,
+        cells=(1, 1, 1),
+        samples_per_cell=(1, 1, 1),
+        feature_stride=model.student.features.stride,
+    )
+
+
+def make_batch(samples, device, recipe):
+    batch = render(samples, device, recipe.views.crop_size, recipe.views.interpolation, "augmented")
+    return {key: batch[key] for key in ("views", "mask", "pair")}
+
+
+def write_results(run, recipe, step):
+    batch = make_batch(run.held_out(), run.device, recipe)
+    export_run(run, step, batch, run.look(batch))
+
+
+def main(arguments):
+    recipe = load_recipe(arguments.recipe or DEMO, arguments.overrides, BrightnessRecipe)
+    launch = read_launch(arguments, recipe)
+    model = build_model(recipe)
+    noise = partial(noise_batch, build_stream, make_batch, recipe, model)
+    cost = step_cost(model, noise(), launch.volumes)
+    if arguments.dry_run:
+        sys.exit(0 if dry_run(launch, recipe, model, cost, noise, arguments.tflops) else 1)
+
+    run = Run(launch, recipe, model, cost, METHOD)
+    print_banner(run)
+    results = partial(write_results, run, recipe)
+    run.start(build_stream(run.files, recipe, model))
+    for step in run.steps():
+        for samples in run.micro_batches():
+            run.backward(make_batch(samples, run.device, recipe))
+        run.end_step(step, results)
+    run.end(results)
+
+
+if __name__ == "__main__":
+    run_script(__file__, lambda: main(parse_arguments(__doc__)))

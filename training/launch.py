@@ -1,0 +1,106 @@
+"""The command line that the training scripts share, and what it asks for, checked before anything heavy starts."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from data.nifti import find_volumes
+
+from .guards import end_at_once_if_asked
+from .recipe import Recipe
+from .run_folder import RunFolder, choose_folder
+from .strategy import Strategy, read_strategy
+
+
+def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `manual` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)")
+    add("--recipe", type=Path, help="the experiment: a file of recipes/ (default: recipes/demo.yaml)")
+    add("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
+    add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
+    add("--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)")
+    add(
+        "--init-from",
+        metavar="PATH_OR_HUB_ID",
+        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors)",
+    )
+    order = "of a foreign Primus that does not tell how it numbers tokens"
+    add("--init-token-order", choices=["xyz", "yxz"], help=order)
+    add("--resume", choices=["auto"], help="go on from the newest complete checkpoint in OUTPUT")
+    add("--wandb", action="store_true", help="track with Weights & Biases instead of TensorBoard")
+    add("--dry-run", action="store_true", help="tell memory, communication and time, check what can fail late, and end")
+    add("--ranks", type=int, help="of --dry-run: for so many (default: those that were launched)")
+    add("--tflops", type=float, help="of --dry-run: what a rank reaches (default: measured here)")
+    add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
+    return parser.parse_intermixed_args(arguments)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What was asked for, and with how many ranks."""
+
+    strategy: Strategy
+    folder: RunFolder
+    prepared: Path
+    data: Path | None  # None: the demo's volume
+    init_from: str | None
+    token_order: str | None
+    resume: bool
+    wandb: bool
+    ranks: int
+    volumes: int  # of a micro-batch on one rank
+
+
+def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
+    """Raise ValueError for what the arguments alone can tell; a dry run ends here on all ranks but the first."""
+    end_at_once_if_asked()
+    launched, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    if arguments.dry_run and not first:
+        sys.exit(0)
+    ranks = arguments.ranks if arguments.dry_run and arguments.ranks else launched
+    strategy = read_strategy(arguments.config)
+    folder = choose_folder(arguments.output, recipe, resume=bool(arguments.resume))
+    if not arguments.dry_run:  # which tells it in its own way
+        recipe.check_ranks(ranks)
+        if arguments.data and first:
+            find_volumes(arguments.data)
+        if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
+            raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
+        if recipe.run.log_gradients and strategy.shards_weights:
+            raise ValueError(
+                f"run.log_gradients needs whole weights on each rank, which {strategy.source} does not give"
+            )
+        if first:
+            _say_what_is_default(bool(arguments.recipe), bool(arguments.data))
+    return Launch(
+        strategy,
+        folder,
+        arguments.prepared or folder.prepared,
+        arguments.data,
+        arguments.init_from,
+        arguments.init_token_order,
+        bool(arguments.resume),
+        arguments.wandb,
+        ranks,
+        volumes=max(1, recipe.train.batch_size // (ranks * recipe.train.accumulate)),
+    )
+
+
+def _say_what_is_default(recipe_given: bool, data_given: bool) -> None:
+    """Tell a first run what it is about to do."""
+    data, script = "the MNI152 T1 template that nilearn ships", Path(sys.argv[0]).name
+    if not data_given and not recipe_given:
+        print(
+            f"This is the demo: a small Primus on {data}.\n"
+            "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
+            f"python {script} --help shows the commands.\n"
+        )
+    elif not data_given:
+        print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
+    elif not recipe_given:
+        print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")

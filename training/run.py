@@ -1,0 +1,295 @@
+"""The engine of a pretraining loop, once for all methods; the loop itself stays visible in each script.
+
+run = Run(launch, recipe, model, cost, method)   # ranks, folder and lock, first weights, prepared volumes
+run.start(build_stream(run.files, recipe, model))   # optimiser, sharding, resume, loader, guards
+for step in run.steps():
+    for samples in run.micro_batches():
+        run.backward(make_batch(samples, run.device, recipe))
+    run.end_step(step, results)   # agrees with all ranks, logs, writes checkpoints; exit code 75 if asked to stop
+run.end(results)
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import DistributedType
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
+
+from data.stream import MicroBatches, SampleStream, make_loader, stack_views
+from models.pretraining import Pretraining
+from models.warm_start import load_pretrained
+
+from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
+from .estimate import StepCost
+from .facts import Method, RunFacts, what_rounds_otherwise
+from .guards import STOPPED, Guard, ignore_signals, poison, skip_if_not_finite
+from .heartbeat import start_heartbeat
+from .launch import Launch
+from .metrics import Metrics, read_metrics
+from .optimizer import build_optimizer
+from .preparation import prepare_data
+from .recipe import Recipe, flatten
+from .runtime import (
+    compile_blocks,
+    describe_engine,
+    end_tracker,
+    from_main_rank,
+    make_accelerator,
+    start_tracker,
+)
+from .schedules import learning_rate
+from .state import pieces, random_state, set_random_state, set_updates_made, torch_optimizer, updates_made
+
+STARTED = time.perf_counter()
+Results = Callable[[int], None]  # writes what the run gives away after so many steps; called on all ranks
+
+
+class Step(NamedTuple):
+    number: int  # from 0
+    lr: float
+    logs: bool  # whether metrics are written when it ends
+
+    @property
+    def done(self) -> int:
+        """How many there have been when it ends."""
+        return self.number + 1
+
+
+class Run:
+    """See above. All ranks make the same calls.
+
+    Args:
+        model: the composite, on the CPU; scripts go on using it, `run.wrapped` is what trains it.
+        cost: of a micro-batch (`step_cost`).
+        method: the script's words about it.
+
+    Raises:
+        ValueError: for what a user can mend.
+    """
+
+    def __init__(self, launch: Launch, recipe: Recipe, model: Pretraining, cost: StepCost, method: Method):
+        self.recipe, self.model, self.cost, self.strategy = recipe, model, cost, launch.strategy
+        self.accelerator = accelerator = make_accelerator(
+            launch.strategy,
+            launch.folder.logs,
+            launch.volumes,
+            recipe.train.accumulate,
+            recipe.train.clip_norm,
+            wrap=model._no_split_modules,
+            tracker="wandb" if launch.wandb else "tensorboard",
+        )
+        self.device, self.print = accelerator.device, accelerator.print
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.folder = from_main_rank(accelerator, lambda: launch.folder)  # a free one may look different to a late rank
+        self.locks = []
+        from_main_rank(accelerator, lambda: self.locks.append(self.folder.lock()))
+        accelerator.project_configuration.logging_dir = str(self.folder.logs)
+
+        self.resumes = launch.resume
+        self.newest: Checkpoint | None = from_main_rank(
+            accelerator, lambda: newest_checkpoint(self.folder.checkpoints) if launch.resume else None
+        )
+        init_from = self.newest.meta["init_from"] if self.newest else launch.init_from
+        if self.newest and launch.init_from not in (None, init_from):
+            raise ValueError(f"--init-from {launch.init_from}: the run to resume started from {init_from}")
+        if init_from and not self.newest:
+            report = load_pretrained(model.student, init_from, launch.token_order)
+            model.update_teacher(momentum=0.0)  # the teacher starts as the student
+            self.print(f"init        {report}")
+        if recipe.run.compile:
+            compile_blocks(model, launch.strategy)
+
+        prepare = partial(prepare_data, launch.data, launch.prepared, recipe)
+        self.files, fingerprint = from_main_rank(accelerator, prepare)
+        numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
+        identity = f"{recipe.name}-{os.urandom(4).hex()}"
+        self.facts = RunFacts(method, numbers, fingerprint, len(self.files), self.ranks, engine, init_from, identity)
+
+    # ----------------------------------------------------------------------- the loop
+
+    def start(self, stream: SampleStream) -> None:
+        """Make all that a step needs, and take up the newest checkpoint."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.stream = stream
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, recipe))
+        assert accelerator.unwrap_model(self.wrapped) is self.model
+        own = self._resume()
+        set_random_state(own, recipe.seed + 1 + self.rank + self.first_step * self.ranks)
+        if self.is_main:
+            recipe.save(self.folder.recipe)
+        tracks = start_tracker(accelerator, recipe.name, self.facts.tracker, flatten(self.facts.recipe))
+
+        steps, accumulate = recipe.train.steps, recipe.train.accumulate
+        batches = MicroBatches(self.first_step, steps, recipe.train.batch_size, accumulate, self.rank, self.ranks)
+        self.share = batches.share
+        self.loader = iter(make_loader(stream, batches, recipe.run.workers, pin_memory=self.device.type == "cuda"))
+        flops = self.cost.flops * self.ranks * accumulate
+        self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks)
+        self.metrics.load(own)
+        self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background)
+        limits = recipe.run.max_skipped, recipe.run.checkpoint_minutes
+        self.guard = Guard(accelerator, self.skipped, *limits, last_good=lambda: self.writer.newest)
+        self.end_heartbeat = start_heartbeat()
+        self.wrapped.train()
+
+    def steps(self) -> Iterator[Step]:
+        """Those that are left to do; each sets the learning rate, and is marked for torch's profiler."""
+        train, peak = self.recipe.train, self.recipe.optimizer.learning_rate
+        for number in range(self.first_step, train.steps):
+            lr = learning_rate(number, train.steps, peak, train.warmup_steps, train.decay_power)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            done = number + 1
+            with record_function(f"step {number}"):
+                yield Step(number, lr, logs=done % self.recipe.run.log_every == 0 or done == train.steps)
+
+    def micro_batches(self) -> Iterator[dict]:
+        """This rank's samples of each micro-batch of a step, from the loader; counts the wait for them."""
+        for _ in range(self.recipe.train.accumulate):
+            asked = time.perf_counter()
+            samples = next(self.loader)
+            self.waited = time.perf_counter() - asked
+            self.samples = samples["pair"]
+            yield samples
+
+    def backward(self, batch: dict[str, torch.Tensor], **options: Any) -> None:
+        """Forward and backward of a micro-batch; with the last one of a step also the update, clipped.
+
+        Args:
+            options: of the composite's `forward`.
+        """
+        accelerator, deepspeed = self.accelerator, self._deepspeed
+        with accelerator.accumulate(self.wrapped):
+            losses = self.wrapped(**batch, **options)
+            self.guard.watch(self.samples, losses.pop("crop_is_finite"))
+            accelerator.backward(poison(losses["loss"]))  # under DeepSpeed this clips and steps as well
+            if not deepspeed and accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.recipe.train.clip_norm)
+                self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2
+                skip_if_not_finite(torch_optimizer(self.optimizer), self.grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if deepspeed:
+            self.grad_norm = self.wrapped.get_global_grad_norm()
+        self.metrics.add(losses, self.waited)
+
+    def end_step(self, step: Step, results: Results) -> None:
+        """Agree with all ranks on how the step went, log, and write checkpoint and results where they are due.
+
+        Raises:
+            SystemExit: with code 75, after a checkpoint, if a rank was asked to stop.
+        """
+        stop, save = self.guard.end_step(step.done, self.grad_norm)
+        if step.logs:
+            self.metrics.log(step.done, step.lr, self.grad_norm, self.guard.skipped)
+        last = step.done == self.recipe.train.steps
+        if not (stop or save or last or step.done % self.recipe.run.checkpoint_every == 0):
+            return
+        started = time.perf_counter()
+        stop = self.guard.settle().stop or stop
+        self._save(step.done)
+        if stop and not last:
+            self._stop(step.done)
+        if not last:
+            results(step.done)
+        self.metrics.leave_out(time.perf_counter() - started)
+
+    def end(self, results: Results) -> None:
+        """Write the results, and say what the losses came to and where everything is."""
+        del self.loader
+        self.metrics.bar.close()
+        self.writer.wait()
+        results(self.recipe.train.steps)
+        self.end_heartbeat()
+        self._say_what_came_of_it()
+        end_tracker(self.accelerator)
+        self._leave()
+
+    # ----------------------------------------------------------------------- what results are made of
+
+    def held_out(self) -> dict:
+        """Samples that are not trained on, this rank's share of a micro-batch, as the loader gives them."""
+        first = self.recipe.train.steps * self.recipe.train.batch_size + self.rank * self.share
+        return stack_views([self.stream[first + i] for i in range(self.share)])
+
+    def look(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Losses and outputs of a batch, in evaluation mode; nothing is learned."""
+        self.wrapped.eval()
+        with torch.no_grad():
+            outputs = self.wrapped(**batch, return_outputs=True)
+        self.wrapped.train()
+        return outputs
+
+    # ----------------------------------------------------------------------- stopping and going on
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _resume(self) -> dict[str, torch.Tensor]:
+        """Take up the newest checkpoint, of whatever strategy and ranks; returns what this rank kept for itself."""
+        self.first_step, self.skipped = 0, (0, 0)
+        state = list(pieces(self.accelerator, self.wrapped, self.optimizer))  # makes moments, for a skipped first step
+        if not self.newest:
+            if self.resumes:
+                self.print(f"resume      no complete checkpoint in {self.folder.path}: starting from the first step")
+            return {}
+        path, saved = self.newest
+        if saved["data"] != self.facts.data:
+            raise ValueError(
+                f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
+            )
+        own = load(path, state, self.rank, self.ranks)
+        set_updates_made(self.optimizer, saved["updates"])
+        self.first_step, self.skipped = saved["step"], saved["skipped"]
+        self.facts = replace(self.facts, tracker=saved["tracker"])
+        self.print(f"resume      {path}")
+        if saved["engine"] != self.facts.engine:
+            self.print(f"            of {saved['engine']}, taken up by {self.facts.engine}")
+        if changes := what_rounds_otherwise(saved, asdict(self.facts)):
+            self.print(f"            no longer bit-identical to a run that was never stopped: {'; '.join(changes)}")
+        return own
+
+    def _save(self, step: int) -> None:
+        skipped = self.guard.skipped, self.guard.in_a_row
+        facts = asdict(self.facts) | {"updates": updates_made(self.optimizer), "skipped": skipped}
+        own = {**random_state(self.device), **self.metrics.state()}
+        self.writer.save(step, pieces(self.accelerator, self.wrapped, self.optimizer), own, facts)
+        self.guard.saved()
+
+    def _stop(self, step: int) -> None:
+        self.writer.wait()
+        del self.loader  # its processes end when it does
+        self.end_heartbeat()
+        self.print(f"stopped     at step {step} as asked; go on from there with --resume auto")
+        end_tracker(self.accelerator)
+        self._leave()
+        ignore_signals()  # the exit code is the answer
+        sys.exit(STOPPED)
+
+    def _leave(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
+    def _say_what_came_of_it(self) -> None:
+        records = [record for record in read_metrics(self.folder.metrics) if "loss" in record]
+        tenth = max(1, len(records) // 10)
+
+        def change(key: str) -> str:
+            start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
+            return f"{key} {start:.3f} -> {end:.3f}"
+
+        self.print(f"losses      {', '.join(change(key) for key in self.model.terms)}")
+        waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
+        seconds = time.perf_counter() - STARTED
+        self.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")
+        self.print(f"encoder     {self.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
+        self.print(f"pictures    {self.folder.report}")

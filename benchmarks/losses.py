@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measures import DEVICE, peak_bytes, seconds
 from data.views import alignment_points, sample_views
 from losses.cells import sample_cells
-from losses.consistency import cell_contrast, cosine_consistency, gram_consistency
+from losses.consistency import AlignedCells, cell_contrast, cosine_consistency, gram_consistency
 
 TEMPERATURE, STRIDE, SAMPLES = 0.5, 8, 2  # STRIDE: voxels a cell of the feature map; SAMPLES: places a cell and axis
 
@@ -85,16 +85,22 @@ def rows_of(a: argparse.Namespace) -> Iterator[tuple[str, Callable, Callable | N
         name = f"sample_cells, {a.grid}^3 to {a.cells}^3"
         yield name, partial(sample_cells, **at), partial(plain_cells, **at), features, 0
     pair = torch.arange(a.views // 2, device=DEVICE).repeat(2)
-    fixed = {"pair": pair, "gather": lambda tensor: tensor[None], "temperature": TEMPERATURE}  # one rank
+
+    def consistency(function: Callable, teacher: torch.Tensor, inside: torch.Tensor) -> Callable:
+        """Of the student's cells alone; on one rank."""
+        return lambda student: function(
+            AlignedCells(student, teacher, inside, pair), lambda tensor: tensor[None], TEMPERATURE
+        )
+
     for cells in a.contrast_cells if "contrast" in a.terms else []:
         student, teacher, inside = cells_of(a, cells)
-        ours = partial(cell_contrast, teacher=teacher, inside=inside, **fixed)
+        ours = consistency(cell_contrast, teacher, inside)
         plain, size = partial(plain_contrast, teacher=teacher, pair=pair), 4 * (2 * a.views * cells**3) ** 2 / 1e9
         yield f"C-CVA, {cells}^3", ours, plain if size <= a.plain_gb else None, student, size
     for name, ours, plain in (("gram", gram_consistency, plain_gram), ("cosine", cosine_consistency, plain_cosine)):
         if name in a.terms:
             student, teacher, inside = cells_of(a, a.cells)
-            ours, plain = partial(ours, teacher=teacher, inside=inside, **fixed), partial(plain, teacher=teacher)
+            ours, plain = consistency(ours, teacher, inside), partial(plain, teacher=teacher)
             yield f"{name}, {a.cells}^3", ours, plain, student, 0
 
 

@@ -1,10 +1,8 @@
 """Dense consistency: what student and teacher should agree on where two views overlap (CVA, arXiv 2509.13846).
 
-All take aligned cells `student` and `teacher` `[N, P, D]` (row `n` of both is the same region, seen in different
-views), `inside` `[N, P]` (False where a view does not reach), `pair` `[N]` (the sample that a crop belongs to),
-`gather` (`[...]` -> `[ranks, ...]`, with gradients) and the recipe's `temperature`, and return one number. Each crop
-counts the same, so the mean over ranks of their losses is the loss of the whole batch. A new one is a function and a
-row of `CONSISTENCIES`.
+All take `AlignedCells`, `gather` (`[...]` -> `[ranks, ...]`, with gradients) and the recipe's `temperature`, and return
+one number. Each crop counts the same, so the mean over ranks of their losses is the loss of the whole batch. A new one
+is a function and a row of `CONSISTENCIES`.
 """
 
 from collections.abc import Callable
@@ -18,53 +16,41 @@ from .ntxent import nt_xent
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
-def cosine_consistency(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    inside: torch.Tensor,
-    pair: torch.Tensor,
-    gather: Gather,
-    temperature: float,
-) -> torch.Tensor:
+class AlignedCells(NamedTuple):
+    """Row `n` of student and teacher is the same region, seen in different views."""
+
+    student: torch.Tensor  # [N, P, D]
+    teacher: torch.Tensor  # [N, P, D]
+    inside: torch.Tensor  # [N, P], False where a view does not reach
+    pair: torch.Tensor  # [N], the sample that a crop belongs to
+
+
+def cosine_consistency(cells: AlignedCells, gather: Gather, temperature: float) -> torch.Tensor:
     """`2 - 2 cos(student, teacher)`: 0 when they agree, 2 when they are unrelated ("CVA" of the paper's Table 1)."""
-    return mean_inside(2 - 2 * F.cosine_similarity(student, teacher, dim=-1), inside)
+    return mean_inside(2 - 2 * F.cosine_similarity(cells.student, cells.teacher, dim=-1), cells.inside)
 
 
-def cell_contrast(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    inside: torch.Tensor,
-    pair: torch.Tensor,
-    gather: Gather,
-    temperature: float,
-) -> torch.Tensor:
+def cell_contrast(cells: AlignedCells, gather: Gather, temperature: float) -> torch.Tensor:
     """NT-Xent over cells ("C-CVA" of the paper's Table 1).
 
     The negatives of a cell are all other cells of the batch, those of its own crop among them; only the rows of the
     same place of the same volume are neither. Every rank contrasts its own cells with those of all ranks.
     """
-    cells = inside.shape[1]
-    place = pair[:, None] * cells + torch.arange(cells, device=pair.device)
+    student, teacher, inside, pair = cells
+    place = pair[:, None] * inside.shape[1] + torch.arange(inside.shape[1], device=pair.device)
     place = place.masked_fill(~inside, -1).flatten()
-    student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-    loss, _ = nt_xent(student, teacher, place, temperature, gather)
+    loss, _ = nt_xent(student.flatten(0, 1), teacher.flatten(0, 1), place, temperature, gather)
     return mean_inside(loss.unflatten(0, inside.shape), inside)
 
 
-def gram_consistency(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    inside: torch.Tensor,
-    pair: torch.Tensor,
-    gather: Gather,
-    temperature: float,
-) -> torch.Tensor:
+def gram_consistency(cells: AlignedCells, gather: Gather, temperature: float) -> torch.Tensor:
     """Mean squared difference of the channel Gram matrices `[D, D]` of a crop.
 
     Insensitive to position: shuffling the cells changes nothing, so this aligns no places. It is what the published
     code has trained since September 2025, kept for comparison.
     """
-    student, teacher = (F.normalize(rows, dim=-1) * inside[..., None] for rows in (student, teacher))
+    inside = cells.inside
+    student, teacher = (F.normalize(rows, dim=-1) * inside[..., None] for rows in (cells.student, cells.teacher))
     difference = torch.baddbmm(teacher.mT @ teacher, student.mT, student, beta=-1)
     reached = inside.sum(1).clamp(min=1) / inside.shape[1]  # so that a crop counts the same however many cells it has
     return (difference.square().mean((1, 2)) / reached.square()).mean()
@@ -79,7 +65,7 @@ def mean_inside(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 class Consistency(NamedTuple):
     """A row of `CONSISTENCIES`."""
 
-    function: Callable[..., torch.Tensor] | None
+    function: Callable[[AlignedCells, Gather, float], torch.Tensor] | None
     words: str  # for model cards and pictures: "pretrained by ..."
     aligns: bool  # whether it compares the same places, which makes it a Consistent View Alignment
 

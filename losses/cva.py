@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .cells import sample_cells
-from .consistency import CONSISTENCIES, Gather
+from .consistency import CONSISTENCIES, AlignedCells, Gather
 from .ntxent import nt_xent
 from .reconstruction import masked_huber
 
@@ -52,9 +52,9 @@ def compute_terms(
         crop_size = outputs["target"].shape[2:]
         student = sample_cells(outputs["student_dense"], outputs["points"], crop_size)
         teacher = sample_cells(outputs["teacher_dense"], outputs["points"], crop_size).roll(len(student) // 2, dims=0)
-        inside = outputs["inside"]
-        losses["consistency"] = agree(student, teacher, inside, outputs["pair"], gather, temperature)
-        losses |= watch_cells(student.detach(), teacher, inside)
+        cells = AlignedCells(student, teacher, outputs["inside"], outputs["pair"])
+        losses["consistency"] = agree(cells, gather, temperature)
+        losses |= watch_cells(student.detach(), teacher, cells.inside)
     if "student_embedding" in outputs:
         student, teacher = outputs["student_embedding"], outputs.get("teacher_embedding")
         teacher = teacher.roll(len(teacher) // 2, dims=0) if teacher is not None else None

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 import losses.ntxent
 from losses.cells import sample_cells
-from losses.consistency import CONSISTENCIES, cell_contrast, cosine_consistency, gram_consistency
+from losses.consistency import CONSISTENCIES, AlignedCells, cell_contrast, cosine_consistency, gram_consistency
 from losses.cva import cell_retrieval, cva_objective, watch_cells
 from losses.ntxent import nt_xent
 from losses.reconstruction import masked_huber
@@ -96,20 +96,24 @@ def cells(volumes=2, places=5, channels=6, seed=0):
     return student, teacher, inside.repeat(2, 1), torch.arange(volumes).repeat(2) + 100
 
 
+def value(consistency, *aligned):
+    return consistency(AlignedCells(*aligned), alone, 0.5)
+
+
 @pytest.mark.parametrize("name", [name for name in CONSISTENCIES if name != "none"])
 def test_consistency_gradient(name):
     student, teacher, inside, pair = cells()
     student.requires_grad_(), teacher.requires_grad_()
-    assert gradcheck(lambda s, t: CONSISTENCIES[name].function(s, t, inside, pair, alone, 0.5), (student, teacher))
+    assert gradcheck(lambda s, t: value(CONSISTENCIES[name].function, s, t, inside, pair), (student, teacher))
 
 
 @pytest.mark.parametrize("name", [name for name in CONSISTENCIES if name != "none"])
 def test_cells_outside_a_view_do_not_count(name):
     student, teacher, inside, pair = cells()
     other = [torch.where(inside[..., None], rows, torch.randn_like(rows)) for rows in (student, teacher)]
-    loss = CONSISTENCIES[name].function(student, teacher, inside, pair, alone, 0.5)
-    torch.testing.assert_close(CONSISTENCIES[name].function(*other, inside, pair, alone, 0.5), loss)
-    nothing = CONSISTENCIES[name].function(student, teacher, torch.zeros_like(inside), pair, alone, 0.5)
+    loss = value(CONSISTENCIES[name].function, student, teacher, inside, pair)
+    torch.testing.assert_close(value(CONSISTENCIES[name].function, *other, inside, pair), loss)
+    nothing = value(CONSISTENCIES[name].function, student, teacher, torch.zeros_like(inside), pair)
     assert nothing.item() == 0
 
 
@@ -119,11 +123,9 @@ def test_cosine_equals_loops():
     for s, t, reached in zip(student, teacher, inside):
         values = [2 - 2 * float(a @ b / a.norm() / b.norm()) for a, b, r in zip(s, t, reached) if r]
         crops.append(sum(values) / len(values) if values else 0)
-    assert cosine_consistency(student, teacher, inside, pair, alone, 0.5).item() == pytest.approx(
-        sum(crops) / len(crops)
-    )
-    assert cosine_consistency(student, 3 * student, inside, pair, alone, 0.5).item() == pytest.approx(0, abs=1e-12)
-    assert cosine_consistency(student, -student, inside, pair, alone, 0.5).item() == pytest.approx(4)
+    assert value(cosine_consistency, student, teacher, inside, pair).item() == pytest.approx(sum(crops) / len(crops))
+    assert value(cosine_consistency, student, 3 * student, inside, pair).item() == pytest.approx(0, abs=1e-12)
+    assert value(cosine_consistency, student, -student, inside, pair).item() == pytest.approx(4)
 
 
 @pytest.mark.parametrize("block", [3, 10**6])
@@ -135,7 +137,7 @@ def test_cell_contrast_equals_loops(block, monkeypatch):
     expected, _ = slow_nt_xent(student.flatten(0, 1), teacher.flatten(0, 1), groups, 0.5)
     expected = torch.tensor(expected).view(inside.shape)
     per_crop = [row[reached].mean() if reached.any() else torch.tensor(0.0) for row, reached in zip(expected, inside)]
-    loss = cell_contrast(student, teacher, inside, pair, alone, 0.5)
+    loss = value(cell_contrast, student, teacher, inside, pair)
     assert loss.item() == pytest.approx(float(sum(per_crop)) / len(per_crop), rel=1e-6)
 
 
@@ -148,17 +150,17 @@ def test_gram_equals_loops():
             if r:
                 gram += torch.outer(a, a) / (a @ a) - torch.outer(b, b) / (b @ b)
         crops.append((gram * len(reached) / reached.sum()).square().mean())
-    torch.testing.assert_close(gram_consistency(student, teacher, inside, pair, alone, 0.5), torch.stack(crops).mean())
+    torch.testing.assert_close(value(gram_consistency, student, teacher, inside, pair), torch.stack(crops).mean())
 
 
 def test_shuffled_cells_change_the_cosine_and_c_cva_but_not_gram():
     student, _, _, pair = cells(places=27)
     inside = torch.ones(4, 27, dtype=torch.bool)
     shuffled = student[:, torch.randperm(27, generator=torch.Generator().manual_seed(0))]
-    assert cosine_consistency(student, shuffled, inside, pair, alone, 0.5) > 1
-    contrast = [cell_contrast(student, rows, inside, pair, alone, 0.5) for rows in (shuffled, student)]
+    assert value(cosine_consistency, student, shuffled, inside, pair) > 1
+    contrast = [value(cell_contrast, student, rows, inside, pair) for rows in (shuffled, student)]
     assert contrast[0] > 1.2 * contrast[1]
-    assert gram_consistency(student, shuffled, inside, pair, alone, 0.5).item() == pytest.approx(0, abs=1e-20)
+    assert value(gram_consistency, student, shuffled, inside, pair).item() == pytest.approx(0, abs=1e-20)
 
 
 # --------------------------------------------------------------------------- reading cells

@@ -6,8 +6,8 @@ back from the device, so a GPU is never waited for. Steps and their order are th
 """
 
 import math
+import zlib
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import torch
@@ -36,42 +36,41 @@ def draw_around_one(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * place
 
 
-def draw_intensity(rng: np.random.Generator, chances: Mapping[str, tuple[float, tuple[float, float]]]) -> torch.Tensor:
-    """What to change in the two views of a sample.
+def draw_intensity(seed: tuple[int, ...], chances: Mapping[str, tuple[float, tuple[float, float]]]) -> torch.Tensor:
+    """What to change in the two views of a sample. Each change is drawn apart: another one moves none of its numbers.
 
     Args:
-        chances: probability and range of each change. "low_resolution" is a zoom factor, one for both views; "noise" is
-            the variance of Gaussian or Rician noise, as likely the one as the other; "blur" is a standard deviation in
-            voxels; "brightness", "contrast", "inverted_gamma" and "gamma" are factors and exponents, the last three
-            drawn around one. As much is drawn from `rng` whatever the probabilities.
+        seed: of the sample.
+        chances: probability and range of each change; one that is absent is not made. "low_resolution" is a zoom
+            factor, one for both views; "noise" is the variance of Gaussian or Rician noise, as likely the one as the
+            other; "blur" is a standard deviation in voxels; "brightness", "contrast", "inverted_gamma" and "gamma" are
+            factors and exponents, the last three drawn around one.
 
     Returns:
         `[2, len(NAMES)]` float64: one row a view, NaN where a change is not applied.
     """
 
-    def maybe(name, draw=rng.uniform):
-        probability, limits = chances[name]
-        applied, value = rng.random() < probability, draw(*limits)
-        return value if applied else math.nan
+    def generator(name):
+        return np.random.default_rng((*seed, zlib.crc32(name.encode())))
 
-    around_one = partial(draw_around_one, rng)
-    zoom = maybe("low_resolution")
-    rows = []
-    for _ in range(2):
-        std, gaussian = math.sqrt(maybe("noise")), rng.random() < 0.5
-        row = {
-            "low_resolution": zoom,
-            "gaussian_noise": std if gaussian else math.nan,
-            "rician_noise": math.nan if gaussian else std,
-            "blur": maybe("blur"),
-            "brightness": maybe("brightness"),
-            "contrast": maybe("contrast", around_one),
-            "inverted_gamma": maybe("inverted_gamma", around_one),
-            "gamma": maybe("gamma", around_one),
-            "noise_key": rng.integers(2**32),
-        }
-        rows.append([row[name] for name in NAMES])
-    return torch.tensor(rows, dtype=torch.float64)
+    def twice(name, draw=np.random.Generator.uniform):
+        rng, (probability, limits) = generator(name), chances.get(name, (0.0, (0.0, 0.0)))
+        drawn = [(rng.random(), draw(rng, *limits)) for _ in range(2)]
+        return [value if chance < probability else math.nan for chance, value in drawn]
+
+    std, gaussian = np.sqrt(twice("noise")), generator("kind of noise").random(2) < 0.5
+    columns = {
+        "low_resolution": twice("low_resolution")[:1] * 2,
+        "gaussian_noise": np.where(gaussian, std, math.nan),
+        "rician_noise": np.where(gaussian, math.nan, std),
+        "blur": twice("blur"),
+        "brightness": twice("brightness"),
+        "contrast": twice("contrast", draw_around_one),
+        "inverted_gamma": twice("inverted_gamma", draw_around_one),
+        "gamma": twice("gamma", draw_around_one),
+        "noise_key": generator("noise_key").integers(2**32, size=2),
+    }
+    return torch.tensor(np.stack([columns[name] for name in NAMES], axis=1), dtype=torch.float64)
 
 
 def change_intensity(views: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

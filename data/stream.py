@@ -17,7 +17,7 @@ from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .views import alignment_points, draw_turn, sample_views
 
-PURPOSES = ("geometry", "turns", "mask", "intensity")  # a generator each: chances of one do not move the rest
+PURPOSES = ("geometry", "turns", "mask", "intensity")  # generators of their own: chances of one do not move the rest
 
 
 class Batch(TypedDict):
@@ -88,9 +88,8 @@ class SampleStream(Dataset):
             `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity` and `pair`,
             the number of the sample.
         """
-        geometry, turns, masks, intensity = (
-            np.random.default_rng((self.seed, index, purpose)) for purpose in range(len(PURPOSES))
-        )
+        seeds = [(self.seed, index, purpose) for purpose in range(len(PURPOSES))]
+        geometry, turns, masks = (np.random.default_rng(seed) for seed in seeds[:3])
         volume = self.files[geometry.integers(len(self.files))]
         volume = volume if isinstance(volume, np.ndarray) else np.load(volume, mmap_mode="r")
         shared = draw_turn(turns, self.shared, self.spacing)
@@ -106,7 +105,7 @@ class SampleStream(Dataset):
             "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in range(2)])),
             "points": points.float(),
             "inside": inside.expand(2, -1),
-            "intensity": draw_intensity(intensity, self.intensity),
+            "intensity": draw_intensity(seeds[3], self.intensity),
             "pair": torch.full((2,), index),
         }
 

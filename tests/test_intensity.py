@@ -34,7 +34,7 @@ SIZE = (20, 25, 18)
 
 
 def draw(seed, chances=CHANCES):
-    return draw_intensity(np.random.default_rng(seed), chances)
+    return draw_intensity((seed,), chances)
 
 
 def always(**other):
@@ -117,22 +117,34 @@ def test_every_view_has_a_noise_key_of_32_bits():
     assert len(keys.unique()) == len(keys)
 
 
-def test_draws_follow_from_the_generator():
+def test_draws_follow_from_the_seed():
     torch.testing.assert_close(draw(3), draw(3), rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(draw(3, always()).nan_to_num(0), draw(4, always()).nan_to_num(0))
 
 
 @pytest.mark.parametrize("name", CHANCES)
-def test_a_change_left_out_leaves_the_other_draws(name):
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_change_left_out_or_added_moves_no_other(name, absent):
     columns = NOISES if name == "noise" else (name,)
     others = [i for i, column in enumerate(NAMES) if column not in columns]
+    chances = always(**{name: (0.0, CHANCES[name][1])})
+    if absent:
+        del chances[name]
     for seed in range(20):
-        one, other = np.random.default_rng(seed), np.random.default_rng(seed)
-        every = draw_intensity(one, always())
-        fewer = draw_intensity(other, always(**{name: (0.0, CHANCES[name][1])}))
+        every, fewer = draw(seed, always()), draw(seed, chances)
         assert torch.equal(every[:, others].nan_to_num(-1), fewer[:, others].nan_to_num(-1))
         assert fewer[:, [NAMES.index(column) for column in columns]].isnan().all()
-        assert one.random() == other.random()
+        alone = draw(seed, {name: always()[name]})
+        own = [NAMES.index(column) for column in columns]
+        assert torch.equal(every[:, own].nan_to_num(-1), alone[:, own].nan_to_num(-1))
+
+
+def test_changes_are_independent_of_each_other():
+    draws = torch.stack([draw(seed, always()) for seed in range(2000)]).flatten(0, 1)
+    places = [NAMES.index(name) for name in ("blur", "brightness", "contrast", "inverted_gamma", "gamma")]
+    assert (torch.corrcoef(draws[:, places].T) - torch.eye(len(places))).abs().max() < 0.06
+    first, second = draws[0::2, places], draws[1::2, places]
+    assert torch.corrcoef(torch.cat((first, second), dim=1).T)[: len(places), len(places) :].abs().max() < 0.1
 
 
 def test_around_one():

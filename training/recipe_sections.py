@@ -63,26 +63,26 @@ class Views(Section):
 
 
 class Intensity(Section):
-    """Changes of each view, in this order; low resolution is drawn once for both."""
+    """Changes of each view, in this order; low resolution is drawn once for both. One that is absent is not made."""
 
-    low_resolution: Chance  # share of the resolution that is left
-    noise: Chance  # variance; Gaussian or Rician, as often
-    blur: Chance  # sigma in voxels
-    brightness: Chance  # factor
-    contrast: Chance  # factor, half of the draws below 1
-    inverted_gamma: Chance  # exponent, half of the draws below 1
-    gamma: Chance
+    low_resolution: Chance | None = None  # share of the resolution that is left
+    noise: Chance | None = None  # variance; Gaussian or Rician, as often
+    blur: Chance | None = None  # sigma in voxels
+    brightness: Chance | None = None  # factor
+    contrast: Chance | None = None  # factor, half of the draws below 1
+    inverted_gamma: Chance | None = None  # exponent, half of the draws below 1
+    gamma: Chance | None = None
 
     @model_validator(mode="after")
     def _possible(self):
-        if self.blur.range[0] == 0:
+        if self.blur and self.blur.range[0] == 0:
             raise ValueError("blur.range must be above 0")
-        if not 0 < self.low_resolution.range[0] <= self.low_resolution.range[1] <= 1:
+        if self.low_resolution and not 0 < self.low_resolution.range[0] <= self.low_resolution.range[1] <= 1:
             raise ValueError("low_resolution.range must be within (0, 1]")
         return self
 
     def chances(self) -> dict[str, tuple[float, tuple[float, float]]]:
-        return {name: (chance.probability, chance.range) for name, chance in self}
+        return {name: (chance.probability, chance.range) for name, chance in self if chance}
 
 
 class Mask(Section):

@@ -147,7 +147,7 @@ def build_model(recipe: CVARecipe) -> ConsistentViewAlignment:
     return ConsistentViewAlignment(student, objective, terms, teacher, *heads, recipe.train.precision)
 
 
-def build_stream(files: list, recipe: CVARecipe, model: ConsistentViewAlignment) -> SampleStream:
+def build_stream(files: list, recipe: CVARecipe) -> SampleStream:
     return SampleStream(
         files,
         recipe.seed,
@@ -156,7 +156,7 @@ def build_stream(files: list, recipe: CVARecipe, model: ConsistentViewAlignment)
         intensity=recipe.intensity.chances(),
         mask_block=recipe.mask.block,
         mask_ratio=recipe.mask.ratio,
-        feature_stride=model.student.features.stride,
+        feature_stride=(recipe.model.dense_stride,) * 3,
     )
 
 
@@ -173,7 +173,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
     recipe = load_recipe(arguments.recipe or DEMO, arguments.overrides, CVARecipe)
     launch = read_launch(arguments, recipe)
     model = build_model(recipe)
-    noise = partial(noise_batch, build_stream, make_batch, recipe, model)
+    noise = partial(noise_batch, build_stream, make_batch, recipe)
     cost = step_cost(model, noise(), launch.volumes)
     if arguments.dry_run:
         sys.exit(0 if dry_run(launch, recipe, model, cost, noise, arguments.tflops) else 1)
@@ -181,7 +181,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
     run = Run(launch, recipe, model, cost, describe(recipe))
     print_banner(run)
     results = partial(write_results, run, recipe)
-    run.start(build_stream(run.files, recipe, model))
+    run.start(build_stream(run.files, recipe))
     for step in run.steps():
         for samples in run.micro_batches():
             batch = make_batch(samples, run.device, recipe)

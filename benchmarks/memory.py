@@ -41,7 +41,7 @@ def worker(config: Path, recipe_path: Path, overrides: list[str], folder: Path) 
     ranks, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     recipe, strategy = load_recipe(recipe_path, overrides, CVARecipe), read_strategy(config)
     model = build_model(recipe)
-    sample = noise_batch(build_stream, make_batch, recipe, model)
+    sample = noise_batch(build_stream, make_batch, recipe)
     cost = step_cost(model, sample, recipe.train.batch_size // (ranks * recipe.train.accumulate))
     predicted = memory(weights_of(model), recipe, strategy, ranks, cost.timeline)
     del model, sample

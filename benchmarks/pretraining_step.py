@@ -35,7 +35,7 @@ def measure(path: Path, overrides: list[str], steps: int) -> dict[str, float]:
     plain = "run.gradient_checkpointing=false"  # recomputed operations do not count
     recipe = load_recipe(path, [*overrides, plain], CVARecipe)
     model, micro_batches = build_model(recipe), recipe.train.accumulate
-    sample = noise_batch(build_stream, make_batch, recipe, model)
+    sample = noise_batch(build_stream, make_batch, recipe)
     flops = micro_batches * step_cost(model, sample, recipe.train.batch_size // micro_batches).flops
     last = WARM_UP + steps
     numbers = [f"train.steps={last}", "train.warmup_steps=0", "run.log_every=1", f"run.checkpoint_every={last}"]

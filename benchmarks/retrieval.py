@@ -63,7 +63,7 @@ def _curve(overrides: list[str], every: int, samples: int, prepared: Path) -> di
     recipe = load_recipe(DEMO, overrides, CVARecipe)
     files, _ = prepare_volumes([demo_volume()], prepared, recipe.data.orientation, recipe.data.spacing, workers=1)
     model = build_model(recipe)  # as the run will begin with
-    found = {0: measure(model.student.features.encoder, build_stream(files, recipe, model), recipe, samples)}
+    found = {0: measure(model.student.features.encoder, build_stream(files, recipe), recipe, samples)}
 
     def look(run: Run, recipe: CVARecipe, step: int) -> None:
         found[step] = measure(run.model.student.features.encoder, run.stream, recipe, samples)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.intensity import change_intensity
 from data.resampling import cut_views
 from data.stream import MicroBatches, SampleStream, stack_views
-from train_cva import CVARecipe, build_model, build_stream, make_batch
+from train_cva import CVARecipe, build_stream, make_batch
 from training.recipe import load_recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,12 +44,6 @@ def write_volumes(folder: Path, count: int, size: int) -> list[Path]:
         volume = F.interpolate(coarse, size=(size,) * 3, mode="trilinear")[0, 0] + 0.1 * torch.randn(size, size, size)
         np.save(file, ((volume - volume.mean()) / volume.std()).numpy())
     return files
-
-
-def stream_of(recipe: CVARecipe, files: list[Path]) -> SampleStream:
-    with torch.device("meta"):  # only its stride is asked for
-        model = build_model(recipe)
-    return build_stream(files, recipe, model)
 
 
 def numbers(recipe: CVARecipe, batches: int) -> Iterator[list[int]]:
@@ -93,7 +87,7 @@ def check(stream: SampleStream, indices: list[int], recipe: CVARecipe) -> None:
 
 
 def print_run(recipe: CVARecipe, files: list[Path], arguments: argparse.Namespace) -> None:
-    stream, (first, *rest) = stream_of(recipe, files), numbers(recipe, arguments.batches)
+    stream, (first, *rest) = build_stream(files, recipe), numbers(recipe, arguments.batches)
     check(stream, first, recipe)
     rounds = [seconds_of_parts(stream, indices, recipe) for indices in rest]
     columns = dict(zip(PARTS, zip(*rounds)))
@@ -131,7 +125,7 @@ def print_parts(recipe: CVARecipe, files: list[Path], arguments: argparse.Namesp
     print("|in every view|" + "|".join(PARTS) + "|all|\n|" + "-|" * (2 + len(PARTS)))
     for name, changed in rows_of(recipe).items():
         this = load_recipe(arguments.recipe, overrides + changed, CVARecipe)
-        stream, (first, *rest) = stream_of(this, files), numbers(this, arguments.repeats)
+        stream, (first, *rest) = build_stream(files, this), numbers(this, arguments.repeats)
         if DEVICE.type == "cuda":
             seconds_of_parts(stream, first, this)
         views = 2 * this.train.batch_size

@@ -30,11 +30,6 @@ class PrimusFeatures(nn.Module):
     def size(self) -> int:
         return self.encoder.config.hidden_size
 
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Voxels a cell of the dense features, (X, Y, Z)."""
-        return tuple(self.encoder.config.patch_size)
-
     def describe(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[B, N, C]` of a pretraining crop -> dense features `[B, C, x, y, z]`, pooled features `[B, C]`."""
         if self.feature_decoder is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_resenc import ResEncConfig
-from .features import DENSE_STRIDE, join_stages
+from .features import join_stages
 from .modeling_resenc import ConvNorm, ResEncModel, init_resenc_weights
 from .pretraining import StudentOutput
 
@@ -26,11 +26,6 @@ class ResEncFeatures(nn.Module):
     @property
     def size(self) -> int:
         return sum(self.encoder.config.hidden_sizes)
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Voxels a cell of the dense features, (X, Y, Z)."""
-        return (DENSE_STRIDE,) * 3
 
     def describe(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Feature maps of all stages -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""

@@ -136,7 +136,7 @@ def test_the_whole_plan_at_once(check, capsys):
     usual = check.usual
     recipe, launch = usual["recipe"], usual["launch"]
     model = train_cva.build_model(recipe)
-    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe, model)
+    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe)
     cost = step_cost(model, noise(), 2)
     assert dry_run(launch, recipe, model, cost, noise)
     shown = capsys.readouterr().out

@@ -43,8 +43,8 @@ def recipe_of(*overrides):
     return load_recipe(DEMO, overrides, train_cva.CVARecipe)
 
 
-def batch_of(recipe, model, volumes=1):
-    return noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model, volumes)
+def batch_of(recipe, volumes=1):
+    return noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, volumes)
 
 
 # ------------------------------------------------------------------ memory
@@ -74,8 +74,8 @@ def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpoint
     numbers += [f"train.precision={precision}", f"run.gradient_checkpointing={checkpointing}"]
     recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe).train()
-    cost = step_cost(model, batch_of(recipe, model), 4)
-    data = batch_of(recipe, model, 4)
+    cost = step_cost(model, batch_of(recipe), 4)
+    data = batch_of(recipe, 4)
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**{key: value.clone() for key, value in data.items()})["loss"].backward()
@@ -91,7 +91,7 @@ def test_checkpointing_lowers_the_peak():
     for switch in (False, True):
         recipe = recipe_of(*SMALL, f"run.gradient_checkpointing={switch}")
         model = train_cva.build_model(recipe)
-        peaks.append(step_cost(model, batch_of(recipe, model), 2).peak_bytes)
+        peaks.append(step_cost(model, batch_of(recipe), 2).peak_bytes)
     assert peaks[1] < 0.9 * peaks[0]
 
 
@@ -201,7 +201,7 @@ ranks, sent = 4, 0
 recipe = load_recipe(train_cva.DEMO, sys.argv[1:], train_cva.CVARecipe)
 model = train_cva.build_model(recipe)
 per_rank = recipe.train.batch_size // ranks
-batch = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model, per_rank)
+batch = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, per_rank)
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 def all_gather(gathered, tensor):
@@ -230,7 +230,7 @@ def test_what_the_heads_send(more):
     counted = float(next(line for line in done.stdout.splitlines() if line.startswith("sent ")).split()[1])
     recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe)
-    assert step_cost(model, batch_of(recipe, model), recipe.train.batch_size // 4).traffic.sent(4) == counted
+    assert step_cost(model, batch_of(recipe), recipe.train.batch_size // 4).traffic.sent(4) == counted
 
 
 def test_communication_by_strategy():
@@ -260,7 +260,7 @@ def test_time(capsys):
     assert seconds_a_step(flops=2e12, accumulate=3, tflops=100) == pytest.approx(0.06)
     recipe = recipe_of(*TINY)
     model, device = train_cva.build_model(recipe), torch.device("cpu")
-    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe, model)
+    noise = partial(noise_batch, train_cva.build_stream, train_cva.make_batch, recipe)
     assert 0 < measured_tflops(model, noise, step_cost(model, noise(), 1).flops, device) < 100
     assert measured_tflops(model, noise, 1e15, device) is None
     parts = {**dict.fromkeys((*PARTS, "total"), 1e9), "host": 2e9}

@@ -44,7 +44,7 @@ def test_every_recipe_trains(path):
         shallow = {}
     recipe.model = recipe.model.model_copy(update=shallow)
     model = train_cva.build_model(recipe)
-    sample = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, model)
+    sample = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe)
     assert step_cost(model, sample, 1).flops > 1e9
 
 

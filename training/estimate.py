@@ -40,7 +40,6 @@ def noise_batch(
     build_stream: Callable[..., SampleStream],
     make_batch: Callable[..., Batch],
     recipe: Recipe,
-    model: nn.Module,
     volumes: int = 1,
     device: torch.device | str = "cpu",
 ) -> Batch:
@@ -50,7 +49,7 @@ def noise_batch(
         build_stream, make_batch: of the script.
     """
     noise = np.random.default_rng(0).normal(size=recipe.views.crop_size).astype(np.float32)
-    stream = build_stream([noise], recipe, model)
+    stream = build_stream([noise], recipe)
     return make_batch(stack_views([stream[i] for i in range(volumes)]), torch.device(device), recipe)
 
 

@@ -1,7 +1,7 @@
 """The engine of a pretraining loop, once for all methods; the loop itself stays visible in each script.
 
 run = Run(launch, recipe, model, cost, method)   # ranks, folder and lock, first weights, prepared volumes
-run.start(build_stream(run.files, recipe, model))   # optimiser, sharding, resume, loader, guards
+run.start(build_stream(run.files, recipe))   # optimiser, sharding, resume, loader, guards
 for step in run.steps():
     for samples in run.micro_batches():
         run.backward(make_batch(samples, run.device, recipe))

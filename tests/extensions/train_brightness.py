@@ -39,7 +39,7 @@ def build_model(recipe):
     return Brightness(student, brightness_objective, {"brightness": recipe.brightness.weight}, recipe.train.precision)
 
 
-def build_stream(files, recipe, model):
+def build_stream(files, recipe):
     return SampleStream(
         files,
         recipe.seed,
@@ -51,7 +51,7 @@ def build_stream(files, recipe, model):
         mask_ratio=recipe.mask.ratio,
         cells=(1, 1, 1),
         samples_per_cell=(1, 1, 1),
-        feature_stride=model.student.features.stride,
+        feature_stride=(recipe.model.dense_stride,) * 3,
     )
 
 
@@ -69,7 +69,7 @@ def main(arguments):
     recipe = load_recipe(arguments.recipe or DEMO, arguments.overrides, BrightnessRecipe)
     launch = read_launch(arguments, recipe)
     model = build_model(recipe)
-    noise = partial(noise_batch, build_stream, make_batch, recipe, model)
+    noise = partial(noise_batch, build_stream, make_batch, recipe)
     cost = step_cost(model, noise(), launch.volumes)
     if arguments.dry_run:
         sys.exit(0 if dry_run(launch, recipe, model, cost, noise, arguments.tflops) else 1)
@@ -77,7 +77,7 @@ def main(arguments):
     run = Run(launch, recipe, model, cost, METHOD)
     print_banner(run)
     results = partial(write_results, run, recipe)
-    run.start(build_stream(run.files, recipe, model))
+    run.start(build_stream(run.files, recipe))
     for step in run.steps():
         for samples in run.micro_batches():
             run.backward(make_batch(samples, run.device, recipe))

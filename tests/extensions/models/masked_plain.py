@@ -29,8 +29,6 @@ class Plain(ModelSection):
 
 
 class PlainFeatures(nn.Module):
-    stride = (STRIDE,) * 3
-
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.size = encoder, encoder.config.hidden_size

@@ -13,8 +13,8 @@ Once you have seen it there, for everyone:
 
     python publish.py runs/primus_m --to hub:ORG/NAME --license cc-by-4.0 --public
 
-RUN is an OUTPUT of train_cva.py, finished or not; ENCODER a folder: a run's encoder/, or a bundle. The bundle holds
-config.json, model.safetensors and the code for `AutoModel`, preprocessor_config.json for `AutoImageProcessor`,
+RUN is an OUTPUT of a training script, finished or not; ENCODER a folder: a run's encoder/, or a bundle. The bundle
+holds config.json, model.safetensors and the code for `AutoModel`, preprocessor_config.json for `AutoImageProcessor`,
 checkpoint_final.pth and adaptation_plan.json for nnU-Net where it has such a network, and the model card.
 
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
@@ -45,7 +45,7 @@ from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
 
 PLAN = "adaptation_plan.json"
-BUNDLE = {  # and the architecture's own two; some have nothing for nnU-Net
+BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "LICENSE",
     "README.md",
     "config.json",
@@ -90,6 +90,10 @@ def read_source(source: Path, network: str | None) -> tuple[PreTrainedModel, dic
     if not {"orientation", "spacing", "crop_size"} <= (encoder.config.preprocessing or {}).keys():
         raise ValueError(f"{folder}: its config.json does not say how volumes are prepared; add `preprocessing` to it")
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    if "weights" in facts:
+        raise ValueError(
+            f"{folder / FACTS} was written by an earlier version of this project: publish with that version"
+        )
     names = architecture(encoder.config.model_type).nnunet
     has_decoder = names is not None and names.decoder is not None
     if not is_run:
@@ -155,8 +159,9 @@ def write_bundle(
 def check_overwrite(where: str, files: set[str], model_type: str | None, encoder: PreTrainedModel) -> None:
     """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
     kind = encoder.config.model_type
-    bundle = {*BUNDLE, f"modeling_{kind}.py", f"configuration_{kind}.py"}
-    if files and (not {FACTS, "config.json"} <= files or files - bundle or model_type != kind):
+    marks = {FACTS, "config.json"} | ({PLAN} if architecture(kind).nnunet else set())  # a run's encoder/ has no plan
+    bundle = BUNDLE | {name for name in files if re.fullmatch(r"(modeling|configuration)_\w+\.py", name)}
+    if files and (not marks <= files or files - bundle or model_type != kind):
         found = ", ".join(sorted(files - bundle or files)[:3])
         raise ValueError(f"--to {where} holds something else ({found}): choose another place")
 

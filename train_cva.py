@@ -184,8 +184,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
     run.start(build_stream(run.files, recipe))
     for step in run.steps():
         for samples in run.micro_batches():
-            batch = make_batch(samples, run.device, recipe)
-            run.backward(batch, gradient_norms=step.logs and recipe.run.log_gradients)
+            run.backward(make_batch(samples, run.device, recipe))
         if teacher := recipe.teacher:
             momentum = teacher_momentum(step.number, recipe.train.steps, teacher.momentum, teacher.final_momentum)
             model.update_teacher(momentum)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines without a scheduler. The same command on each of them, in any order:
 #
-#     cluster/torchrun.sh HEAD[:PORT] MACHINES GPUS_PER_MACHINE -- arguments of train_cva.py
+#     cluster/torchrun.sh HEAD[:PORT] MACHINES GPUS_PER_MACHINE -- arguments of train_cva.py (or of $SCRIPT)
 #     cluster/torchrun.sh node1 2 8 -- --config ds_configs/zero2.json --recipe recipes/primus_m.yaml \
 #         --data FOLDER --output runs/primus_m train.batch_size=16
 #
@@ -43,4 +43,4 @@ options=(
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # exec: a signal to this process is one to torchrun. Every start and restart goes on from the newest checkpoint.
-exec torchrun "${options[@]}" "$(dirname "${BASH_SOURCE[0]}")/../train_cva.py" "$@" --resume auto
+exec torchrun "${options[@]}" "$(dirname "${BASH_SOURCE[0]}")/../${SCRIPT:-train_cva.py}" "$@" --resume auto

@@ -138,6 +138,8 @@ def render(
     blocks = [block.to(device, non_blocking=True) for block in batch["block"]]
     clean = cut_views(blocks, batch["crop_to_block"], crop_size, interpolation)
     views = change_intensity(clean, batch["intensity"])
+    if target == "clean" and views is clean:
+        views = clean.clone()  # a batch takes the same memory whatever was drawn
     rest = {key: batch[key].to(device, non_blocking=True) for key in ("mask", "points", "inside", "pair")}
     return {"views": views, "target": clean if target == "clean" else views, **rest}
 

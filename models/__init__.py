@@ -1,5 +1,6 @@
 """The networks, and how a set of numbers becomes one of them."""
 
+from inspect import signature
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -30,8 +31,19 @@ __all__ = [
 
 
 def build_encoder(name: str, crop_size: tuple[int, ...], preprocessing: dict, **sizes) -> PreTrainedModel:
-    """A fresh encoder. `name` is a row of `ARCHITECTURES`; `sizes` go to its configuration."""
+    """A fresh encoder. `name` is a row of `ARCHITECTURES`; `sizes` go to its configuration.
+
+    Raises:
+        ValueError: if there is no such row, or the configuration is not made for it.
+    """
     row = architecture(name)
+    known = signature(row.config.__init__).parameters
+    if unknown := {"image_size", "num_channels", "preprocessing", *sizes} - known.keys():  # transformers swallows them
+        raise ValueError(f"{row.config.__name__} does not take {', '.join(sorted(unknown))}")
+    if row.config.model_type != name:
+        raise ValueError(
+            f"{row.config.__name__}.model_type={row.config.model_type!r} must be the key of its row, {name!r}"
+        )
     return row.model(row.config(image_size=crop_size, preprocessing=preprocessing, **sizes))
 
 

@@ -115,7 +115,7 @@ def reference_prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
     if "" in prefixes or len(prefixes) == 1:
         return "" if "" in prefixes else prefixes.pop()
     for other, row in ARCHITECTURES.items():
-        if row.nnunet and any(name.endswith(row.nnunet.anchor) for name in theirs):
+        if other != model_type and row.nnunet and any(name.endswith(row.nnunet.anchor) for name in theirs):
             raise ValueError(f"these are the weights of a {other}, our encoder is a {model_type}")
     if prefixes:
         raise ValueError(f"the file holds several encoders ({', '.join(sorted(prefixes))}): keep one of them")

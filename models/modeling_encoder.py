@@ -19,9 +19,9 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
 
 class Encoder(PreTrainedModel):
-    """Base of `PrimusModel` and `ResEncModel`: both read prepared crops `[B, C, X, Y, Z]`.
+    """Base of all encoders: they read prepared crops `[B, C, X, Y, Z]`.
 
-    Their `get_input_embeddings` is the convolution that reads the voxels.
+    `get_input_embeddings` is the convolution that reads the voxels.
     """
 
     main_input_name = "pixel_values"

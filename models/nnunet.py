@@ -91,11 +91,11 @@ def checkpoint(
     weights |= {f"decoder.{n}": w.cpu().contiguous() for n, w in sorted(decoder.items())}  # the same bytes each time
     citations = [{"type": "Architecture", "name": row.name, "apa_citations": [row.paper]}]
     if "citation" in method:
-        citations.insert(0, {"type": "Method", "name": method["name"], "apa_citations": [method["citation"]]})
+        citations.insert(0, {"type": "Method", "name": method["name"] or name, "apa_citations": [method["citation"]]})
     return {
         "network_weights": to_reference(weights, config),
         "nnssl_adaptation_plan": adaptation_plan(config, name),
         "citations": citations,
-        "trainer_name": re.sub(r"\W+", "", method.get("name", "")),
+        "trainer_name": re.sub(r"\W+", "", method.get("name") or name),
         "token_order": "xyz",  # for `load_pretrained`
     }

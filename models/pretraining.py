@@ -28,7 +28,7 @@ class Pretraining(nn.Module):
     `student.features.encoder`, `student.decoder` and `teacher.features.encoder`.
 
     Args:
-        student: `MaskedPrimus`, `MaskedResEnc` or another row's of `ARCHITECTURES`.
+        student: of a row of `ARCHITECTURES`.
         objective: what `outputs` returned and `gather_with_gradient` -> dict of scalars, the terms and what is watched.
         terms: name -> weight in the loss of each term that is trained.
         precision: "bf16" runs `outputs` under autocast; parameters stay float32, so the teacher's average is exact.
@@ -47,7 +47,13 @@ class Pretraining(nn.Module):
         self.student = student
         self.teacher = None
         self.objective, self.terms, self.precision = objective, dict(terms), precision
-        self._no_split_modules = student.features.encoder._no_split_modules
+        encoder = student.features.encoder
+        self._no_split_modules = encoder._no_split_modules
+        if not {type(module).__name__ for module in encoder.modules()} & set(self._no_split_modules or ()):
+            raise ValueError(
+                f"{type(encoder).__name__}._no_split_modules={self._no_split_modules} names no module of it: FSDP2 "
+                "would have no unit to shard"
+            )
 
     def train(self, mode: bool = True) -> "Pretraining":
         super().train(mode)
@@ -56,7 +62,11 @@ class Pretraining(nn.Module):
         return self
 
     def outputs(self, views: torch.Tensor, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the networks on a batch: all that `objective` needs, and `encoded` (`StudentOutput`)."""
+        """Run the networks on a batch: all that `objective` needs, and `encoded` (`StudentOutput`).
+
+        Takes every key of the batch, `views` and `pair` among them; rows of each are the crops. Nothing may depend on
+        values (`.item()`): the cost of a step is counted on fake tensors.
+        """
         raise NotImplementedError
 
     def forward(
@@ -76,6 +86,8 @@ class Pretraining(nn.Module):
         with torch.autocast(batch["views"].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             outputs = self.outputs(**batch)
         losses = self.objective(outputs, gather_with_gradient)
+        if missing := self.terms.keys() - losses.keys():
+            raise ValueError(f"the objective returns no {', '.join(missing)}, which has a weight in the loss")
         terms = {name: weight * losses[name] for name, weight in self.terms.items()}
         if gradient_norms:
             losses |= {f"gradient_of_{k}": _gradient_norm(term, outputs["encoded"]) for k, term in terms.items()}

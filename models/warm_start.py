@@ -18,14 +18,13 @@ RUN_WEIGHTS = "pretraining.safetensors"  # a run's whole composite: student, tea
 ENCODER_WEIGHTS = "model.safetensors"
 NNUNET_CHECKPOINT = "checkpoint_final.pth"
 FILES = (RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", f"encoder/{ENCODER_WEIGHTS}", NNUNET_CHECKPOINT)
-OURS = tuple(row.input_weight for row in ARCHITECTURES.values())  # one of these is in every encoder of ours
 # trainers whose Primus numbers its tokens with the first axis slowest, and with the second
 XYZ_TRAINERS = ("Aligned", "ConMAE", "ConsistentViewAlignment", "Gram", "SimMIM")
 YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva")
 
 
 def load_pretrained(student: nn.Module, source: str, token_order: str | None = None) -> str:
-    """Load an encoder, and the pretraining decoder if there is one, into a `MaskedPrimus` or `MaskedResEnc`.
+    """Load an encoder, and the pretraining decoder if there is one, into a student.
 
     Args:
         source: a `.pth` or `.safetensors` file, a folder (an encoder, a bundle, a run), or the Hub id of one.
@@ -60,11 +59,11 @@ def _convert(
     token_order: str | None,
 ) -> Conversion:
     weights = {name.replace("_orig_mod.", ""): w for name, w in weights.items()}  # torch.compile's mark
-    ours, names = _ours(weights), architecture(config.model_type).nnunet
-    has_tokens = names is not None and names.from_yxz is not None
+    row, told = architecture(config.model_type), about.get("model_type", config.model_type)
+    if told != config.model_type and told in ARCHITECTURES:
+        raise ValueError(f"it is a {told}, our encoder is a {config.model_type}")
+    ours, has_tokens = _ours(weights, row.input_weight), row.nnunet is not None and row.nnunet.from_yxz is not None
     if ours is not None:
-        if about.get("model_type", config.model_type) != config.model_type:
-            raise ValueError(f"it is a {about['model_type']}, our encoder is a {config.model_type}")
         found = select(ours, {name: [name] for name in wanted}, wanted, config, about["image_size"])
     else:
         reference_prefix(weights, config.model_type)  # before a question about something that is not there
@@ -75,12 +74,12 @@ def _convert(
     return found
 
 
-def _ours(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+def _ours(weights: dict[str, torch.Tensor], input_weight: str) -> dict[str, torch.Tensor] | None:
     """The weights under the names that our encoder and student use, if they are ours."""
-    anchors = [name for name in weights if name.endswith(OURS) and "teacher." not in name]
+    anchors = [name for name in weights if f".{name}".endswith(f".{input_weight}") and "teacher." not in name]
     if not anchors:
         return None
-    prefix = re.sub("|".join(map(re.escape, OURS)) + "$", "", min(anchors, key=len))
+    prefix = min(anchors, key=len).removesuffix(input_weight)
     student = prefix.removesuffix("features.encoder.")  # of a whole student the decoders are wanted too
     return {n.removeprefix(prefix).removeprefix(student): w for n, w in weights.items() if "teacher." not in n}
 

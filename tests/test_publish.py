@@ -208,6 +208,12 @@ def test_a_folder_with_something_else_is_not_overwritten(runs, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "bundle", "old-bundle"}  # nothing more, nothing less
 
 
+def test_a_run_s_encoder_is_not_taken_for_a_bundle(runs, tmp_path):
+    shutil.copytree(runs / "primus" / "encoder", tmp_path / "encoder")
+    with pytest.raises(ValueError, match="holds something else"):
+        publish(runs / "primus", "--to", tmp_path / "encoder")
+
+
 def test_a_link_to_a_folder_is_followed(runs, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -252,6 +258,9 @@ def test_what_is_not_an_encoder_is_refused(runs, tmp_path):
 
 def test_an_encoder_of_which_little_is_known_is_published_with_what_is(runs, tmp_path):
     shutil.copytree(runs / "primus" / "encoder", tmp_path / "encoder")
+    (tmp_path / "encoder" / "pretraining.json").write_text('{"weights": "student"}')
+    with pytest.raises(ValueError, match="is of an earlier version"):
+        publish(tmp_path / "encoder", "--to", tmp_path / "bundle")
     for facts in ('{"recipe": {"name": "x"}}', "{}"):
         (tmp_path / "encoder" / "pretraining.json").write_text(facts)
         publish(tmp_path / "encoder", "--to", tmp_path / "bundle")

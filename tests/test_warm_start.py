@@ -25,7 +25,6 @@ from models.warm_start import load_pretrained
 RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}
 PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 STILL = ["teacher.momentum=1.0", "teacher.final_momentum=1.0"]
-TERMS = ("reconstruction", "consistency", "contrastive")
 
 
 class MaskedAutoencoder(nn.Module):
@@ -381,3 +380,11 @@ def test_a_source_without_weights_is_one_line_at_the_command_line(volumes, tmp_p
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("train_cva.py: ")
     assert "Traceback" not in done.stderr
+
+
+def test_several_encoders_in_one_file_are_not_guessed_at(tmp_path):
+    weights = MaskedAutoencoder((24, 24, 16), "xyz").state_dict()
+    both = {f"{prefix}.{name}": tensor for prefix in ("a", "b") for name, tensor in weights.items()}
+    torch.save({"network_weights": both, "trainer_name": "ConMAE"}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"holds several encoders \(a\., b\.\): keep one of them"):
+        load_pretrained(primus_student(), str(tmp_path / "two.pth"))

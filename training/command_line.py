@@ -3,11 +3,13 @@
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
+LAST_WORDS = 5.0  # seconds that the first rank gets to speak: launchers end it when another has ended
 DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
@@ -35,6 +37,8 @@ def _exit_code(script: str, main: Callable[[], None]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
             print(f"{Path(script).name}: {error}", file=sys.stderr)
+        else:
+            time.sleep(LAST_WORDS)
         return 2
     return 0
 

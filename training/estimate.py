@@ -13,12 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.stream import SampleStream, stack_views
+from data.stream import Batch, SampleStream, stack_views
 from models.distributed import Traffic, count_traffic
 
 from .recipe import Recipe
-
-Batch = dict[str, torch.Tensor]
 
 
 class StepCost(NamedTuple):

@@ -51,6 +51,7 @@ def what_rounds_otherwise(then: dict, now: dict) -> list[str]:
     """Of what changes rounding, what the facts of a checkpoint and of the run that takes it up have not in common."""
 
     def of(facts: dict) -> dict:
-        return {"run.compile": facts["recipe"]["run"]["compile"], "torch": facts["versions"]["torch"]}
+        compiles = facts["recipe"]["run"]["compile"] and "ZeRO-3" not in facts["engine"]  # which ignores it
+        return {"run.compile": compiles, "torch": facts["versions"]["torch"]}
 
     return [f"{what} was {old} and is {of(now)[what]}" for what, old in of(then).items() if old != of(now)[what]]

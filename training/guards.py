@@ -60,8 +60,8 @@ class Guard:
         self.asked = True
 
     def watch(self, samples: torch.Tensor, finite: torch.Tensor) -> None:
-        """Note the crops of a micro-batch: their sample numbers (on the CPU), and whether the encoder's features of
-        each are finite (on the device)."""
+        """Note the crops of a micro-batch, on the device: their sample numbers, and whether the encoder's features of
+        each are finite."""
         self.crops.append((samples, finite))
 
     def end_step(self, step: int, grad_norm: torch.Tensor | float) -> Verdict:
@@ -116,7 +116,7 @@ class Guard:
         own = {"samples": [], "non_finite": []}
         for samples, finite in crops:
             own["samples"] += samples.tolist()
-            own["non_finite"] += samples[~finite.cpu()].tolist()
+            own["non_finite"] += samples[~finite].tolist()
         everyone = [own] * self.accelerator.num_processes
         if dist.is_initialized():
             dist.all_gather_object(everyone, own)

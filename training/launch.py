@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)")
-    add("--recipe", type=Path, help="the experiment: a file of recipes/ (default: recipes/demo.yaml)")
+    add("--recipe", type=Path, help="the experiment: a file of recipes/ (default: a small demo)")
     add("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
     add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
     add("--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)")
@@ -54,11 +55,13 @@ class Launch:
     wandb: bool
     ranks: int
     volumes: int  # of a micro-batch on one rank
+    started: float = field(default_factory=time.perf_counter)
 
 
 def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
     """Raise ValueError for what the arguments alone can tell; a dry run ends here on all ranks but the first."""
-    end_at_once_if_asked()
+    if not arguments.dry_run:
+        end_at_once_if_asked()
     launched, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     if arguments.dry_run and not first:
         sys.exit(0)
@@ -67,16 +70,16 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
     folder = choose_folder(arguments.output, recipe, resume=bool(arguments.resume))
     if not arguments.dry_run:  # which tells it in its own way
         recipe.check_ranks(ranks)
-        if arguments.data and first:
-            find_volumes(arguments.data)
         if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
             raise ValueError("--wandb: Weights & Biases is not installed: pip install wandb, or leave --wandb out")
         if recipe.run.log_gradients and strategy.shards_weights:
             raise ValueError(
                 f"run.log_gradients needs whole weights on each rank, which {strategy.source} does not give"
             )
+        if arguments.data and first:  # last: a large folder takes its time, and other ranks do not wait
+            find_volumes(arguments.data)
         if first:
-            _say_what_is_default(bool(arguments.recipe), bool(arguments.data))
+            _say_what_is_default(recipe, bool(arguments.recipe), bool(arguments.data))
     return Launch(
         strategy,
         folder,
@@ -91,16 +94,16 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
     )
 
 
-def _say_what_is_default(recipe_given: bool, data_given: bool) -> None:
+def _say_what_is_default(recipe: Recipe, recipe_given: bool, data_given: bool) -> None:
     """Tell a first run what it is about to do."""
     data, script = "the MNI152 T1 template that nilearn ships", Path(sys.argv[0]).name
     if not data_given and not recipe_given:
         print(
-            f"This is the demo: a small Primus on {data}.\n"
-            "For your own volumes add --data FOLDER and a recipe, such as --recipe recipes/primus_m.yaml;\n"
+            f"This is the demo: the recipe {recipe.name} on {data}.\n"
+            "For your own volumes add --data FOLDER and --recipe, a file of recipes/;\n"
             f"python {script} --help shows the commands.\n"
         )
     elif not data_given:
         print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
     elif not recipe_given:
-        print("No --recipe was given: this is recipes/demo.yaml, a toy; see recipes/ for the real ones.\n")
+        print(f"No --recipe was given: this is {recipe.name}, a toy; see recipes/ for the real ones.\n")

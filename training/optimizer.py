@@ -12,9 +12,6 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
         "lr": recipe.optimizer.learning_rate,
         "fused": True,
     }
-    match recipe.optimizer.name:
-        case "adamw":
-            return torch.optim.AdamW(**numbers)
-        case "sgd":
-            return torch.optim.SGD(**numbers, nesterov=numbers["momentum"] > 0)
-    raise ValueError(f"optimizer.name={recipe.optimizer.name} is unknown")
+    if recipe.optimizer.name == "sgd":
+        numbers["nesterov"] = recipe.optimizer.momentum > 0
+    return {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer.name](**numbers)

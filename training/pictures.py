@@ -113,22 +113,23 @@ def draw_alignment(
 
 
 def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor, path: Path, planes: tuple) -> None:
-    """Two views and their dense features, the three main components of both together as red, green and blue.
+    """Views and their dense features, the three main components of all together as red, green and blue.
 
-    Where the features agree on what a place is, it has the same colour in both views.
+    Where the features agree on what a place is, it has the same colour in all views.
 
     Args:
-        views: `[2, X, Y, Z]`.
-        dense: `[2, D, x, y, z]`.
-        place: `[2, 3]`, the same place in voxels of each view; the planes go through it.
+        views: `[V, X, Y, Z]`.
+        dense: `[V, D, x, y, z]`.
+        place: `[V, 3]`, the same place in voxels of each view; the planes go through it.
     """
     rows = torch.nn.functional.normalize(dense.movedim(1, -1).flatten(0, -2), dim=1)
     rows = rows - rows.mean(0)
     _, directions = torch.linalg.eigh(rows.T @ rows)  # ascending
     main = rows @ directions[:, -3:].flip(1)
     low, high = (torch.tensor(np.quantile(main.numpy(), q, axis=0)) for q in (0.02, 0.98))
-    colours = ((main - low) / (high - low)).clamp(0, 1).view(2, *dense.shape[2:], 3).numpy()
-    figure, axes = plt.subplots(2, 6, figsize=(15, 5.4), constrained_layout=True)
+    colours = ((main - low) / (high - low)).clamp(0, 1).view(len(views), *dense.shape[2:], 3).numpy()
+    size = 15, 2.7 * len(views)
+    figure, axes = plt.subplots(len(views), 6, figsize=size, squeeze=False, constrained_layout=True)
     for number, (row, view, colour) in enumerate(zip(axes, views, colours), start=1):
         for (plane, axis), left, right in zip(planes, row[::2], row[1::2]):
             index = min(max(round(float(place[number - 1, axis])), 0), view.shape[axis] - 1)

@@ -95,14 +95,21 @@ def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
         *sections, last = key.split(".")
         place = numbers
         for section in sections:
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+            if isinstance(place, dict) and place.get(section) is None:  # absent, or switched off
+                place[section] = {}
+            place = place[section] if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ValueError(f"{key}: no such section in the recipe")
         try:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"{key}: cannot read the value {value!r}") from None
-    wanted = kind.model_fields["method"].annotation.__args__[0]
+    if not {"method", "run"} & numbers.keys():
+        raise ValueError(
+            f"--recipe {path} was written for an earlier version of this project: it needs `method` and the section "
+            "`run`, as the files of recipes/ have them"
+        )
+    (wanted,) = kind.model_fields["method"].annotation.__args__
     if (method := numbers.get("method", wanted)) != wanted:
         raise ValueError(
             f"--recipe {path} is of the method {method}, for train_{method}.py: run that script, or choose a recipe "
@@ -142,10 +149,15 @@ def _known(numbers: dict, section: type[BaseModel]) -> dict:
     known = {}
     for key, value in numbers.items():
         if key in section.model_fields:
-            inner = section.model_fields[key].annotation
-            nested = isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, BaseModel)
-            known[key] = _known(value, inner) if nested else value
+            inner = _sections(section.model_fields[key].annotation)
+            known[key] = _known(value, inner[0]) if isinstance(value, dict) and len(inner) == 1 else value
     return known
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold."""
+    kinds = [annotation, *getattr(annotation, "__args__", ())]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _merge(base: dict, changes: dict) -> dict:
@@ -168,9 +180,7 @@ def _readable(error: dict, kind: type[Recipe]) -> str:
     names = [str(part) for part in error["loc"] if part not in tags]
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
-        known = {known.split(".")[-1]: known for known in _all_keys(kind)}
-        close = difflib.get_close_matches(names[-1], known, 1)
-        return f"{key}: no such key in a recipe" + (f"; did you mean {known[close[0]]}?" if close else "")
+        return f"{key}: no such key in a recipe" + _meant(key, _all_keys(kind))
     if error["type"] == "missing":
         return f"{key}: missing; add it to the recipe"
     if error["type"] == "union_tag_invalid":
@@ -183,14 +193,20 @@ def _readable(error: dict, kind: type[Recipe]) -> str:
     return (f"{key}: " if key else "") + message[0].lower() + message[1:] + got
 
 
+def _meant(key: str, known: list[str]) -> str:
+    """A key that it may be a slip of, rather one of the same section."""
+    section, _, last = key.rpartition(".")
+    close = difflib.get_close_matches(last, [other.rpartition(".")[2] for other in known if other != key], 1)
+    same = [other for other in known if other.rpartition(".")[2] in close and other != key]
+    return f"; did you mean {max(same, key=lambda other: other.rpartition('.')[0] == section)}?" if same else ""
+
+
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
         keys.append(f"{prefix}{name}")
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _all_keys(kind, f"{prefix}{name}.")
+        for inner in _sections(field.annotation):
+            keys += _all_keys(inner, f"{prefix}{name}.")
     return keys
 
 

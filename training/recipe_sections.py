@@ -142,4 +142,4 @@ class Running(Section):
     checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
     gradient_checkpointing: bool  # a third of the memory less, a third of the operations more
-    compile: bool  # the networks' blocks, by torch.compile
+    compile: bool  # the networks' blocks, by torch.compile; not under ZeRO-3

@@ -26,12 +26,12 @@ def draw_report(
         outputs: of the model; with `reconstructed` the first view's reconstruction is drawn.
     """
     report, planes = folder.report, planes_of(facts.recipe["data"]["orientation"])
-    of_first = (batch["pair"] == batch["pair"][0]).nonzero().flatten()[:2]  # two views of one sample
+    of_first = (batch["pair"] == batch["pair"][0]).nonzero().flatten()[:2]  # at most two views of one sample
     sample = {key: value[of_first].cpu() for key, value in batch.items()}
     views = sample["views"][:, 0]
     records = [record for record in read_metrics(folder.metrics) if "loss" in record]
     draw_losses(records, facts.method.terms, report / "losses.png")
-    place = (torch.tensor(views.shape[1:]) - 1).expand(2, 3) / 2
+    place = (torch.tensor(views.shape[1:]) - 1).expand(len(views), 3) / 2
     if "points" in sample:
         draw_alignment([views], [sample["points"]], [sample["inside"][0]], report / "views.png", planes)
         inside = sample["inside"][0]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import DistributedType
@@ -47,7 +47,6 @@ from .runtime import (
 from .schedules import learning_rate
 from .state import pieces, random_state, set_random_state, set_updates_made, torch_optimizer, updates_made
 
-STARTED = time.perf_counter()
 Results = Callable[[int], None]  # writes what the run gives away after so many steps; called on all ranks
 
 
@@ -76,6 +75,7 @@ class Run:
 
     def __init__(self, launch: Launch, recipe: Recipe, model: Pretraining, cost: StepCost, method: Method):
         self.recipe, self.model, self.cost, self.strategy = recipe, model, cost, launch.strategy
+        self.started = launch.started
         self.accelerator = accelerator = make_accelerator(
             launch.strategy,
             launch.folder.logs,
@@ -121,7 +121,7 @@ class Run:
         self.stream = stream
         self.wrapped, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, recipe))
         assert accelerator.unwrap_model(self.wrapped) is self.model
-        own = self._resume()
+        own, skipped = self._resume()
         set_random_state(own, recipe.seed + 1 + self.rank + self.first_step * self.ranks)
         if self.is_main:
             recipe.save(self.folder.recipe)
@@ -136,7 +136,7 @@ class Run:
         self.metrics.load(own)
         self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background)
         limits = recipe.run.max_skipped, recipe.run.checkpoint_minutes
-        self.guard = Guard(accelerator, self.skipped, *limits, last_good=lambda: self.writer.newest)
+        self.guard = Guard(accelerator, skipped, *limits, last_good=lambda: self.writer.newest)
         self.end_heartbeat = start_heartbeat()
         self.wrapped.train()
 
@@ -148,8 +148,9 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             done = number + 1
+            self.logs = done % self.recipe.run.log_every == 0 or done == train.steps
             with record_function(f"step {number}"):
-                yield Step(number, lr, logs=done % self.recipe.run.log_every == 0 or done == train.steps)
+                yield Step(number, lr, self.logs)
 
     def micro_batches(self) -> Iterator[dict]:
         """This rank's samples of each micro-batch of a step, from the loader; counts the wait for them."""
@@ -157,19 +158,14 @@ class Run:
             asked = time.perf_counter()
             samples = next(self.loader)
             self.waited = time.perf_counter() - asked
-            self.samples = samples["pair"]
             yield samples
 
-    def backward(self, batch: dict[str, torch.Tensor], **options: Any) -> None:
-        """Forward and backward of a micro-batch; with the last one of a step also the update, clipped.
-
-        Args:
-            options: of the composite's `forward`.
-        """
+    def backward(self, batch: dict[str, torch.Tensor]) -> None:
+        """Forward and backward of a micro-batch; with the last one of a step also the update, clipped."""
         accelerator, deepspeed = self.accelerator, self._deepspeed
         with accelerator.accumulate(self.wrapped):
-            losses = self.wrapped(**batch, **options)
-            self.guard.watch(self.samples, losses.pop("crop_is_finite"))
+            losses = self.wrapped(**batch, gradient_norms=self.logs and self.recipe.run.log_gradients)
+            self.guard.watch(batch["pair"], losses.pop("crop_is_finite"))
             accelerator.backward(poison(losses["loss"]))  # under DeepSpeed this clips and steps as well
             if not deepspeed and accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.recipe.train.clip_norm)
@@ -234,14 +230,18 @@ class Run:
     def _deepspeed(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
-    def _resume(self) -> dict[str, torch.Tensor]:
-        """Take up the newest checkpoint, of whatever strategy and ranks; returns what this rank kept for itself."""
-        self.first_step, self.skipped = 0, (0, 0)
+    def _resume(self) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        """Take up the newest checkpoint, of whatever strategy and ranks.
+
+        Returns:
+            What this rank kept for itself, and how many steps had been skipped, in all and in a row.
+        """
+        self.first_step = 0
         state = list(pieces(self.accelerator, self.wrapped, self.optimizer))  # makes moments, for a skipped first step
         if not self.newest:
             if self.resumes:
                 self.print(f"resume      no complete checkpoint in {self.folder.path}: starting from the first step")
-            return {}
+            return {}, (0, 0)
         path, saved = self.newest
         if saved["data"] != self.facts.data:
             raise ValueError(
@@ -249,14 +249,14 @@ class Run:
             )
         own = load(path, state, self.rank, self.ranks)
         set_updates_made(self.optimizer, saved["updates"])
-        self.first_step, self.skipped = saved["step"], saved["skipped"]
+        self.first_step = saved["step"]
         self.facts = replace(self.facts, tracker=saved["tracker"])
         self.print(f"resume      {path}")
         if saved["engine"] != self.facts.engine:
             self.print(f"            of {saved['engine']}, taken up by {self.facts.engine}")
         if changes := what_rounds_otherwise(saved, asdict(self.facts)):
             self.print(f"            no longer bit-identical to a run that was never stopped: {'; '.join(changes)}")
-        return own
+        return own, saved["skipped"]
 
     def _save(self, step: int) -> None:
         skipped = self.guard.skipped, self.guard.in_a_row
@@ -289,7 +289,7 @@ class Run:
 
         self.print(f"losses      {', '.join(change(key) for key in self.model.terms)}")
         waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
-        seconds = time.perf_counter() - STARTED
+        seconds = time.perf_counter() - self.started
         self.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")
         self.print(f"encoder     {self.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
         self.print(f"pictures    {self.folder.report}")

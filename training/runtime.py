@@ -98,6 +98,7 @@ def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
+    torch._inductor.config.fallback_random = True  # drop-path draws what it draws without compilation
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
     for block in blocks:

@@ -66,6 +66,9 @@ def read_strategy(config: Path | None) -> Strategy:
         ValueError: with the remedy, if it cannot be used.
     """
     settings, where = _from_launcher() if config is None else _from_config(config)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        warnings.warn("accelerate launch: dynamo_backend is ignored, run.compile of the recipe decides", stacklevel=2)
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # Accelerate refuses these beside settings of ours
     if clash := {key for key in RECIPE_SETS & settings.keys() if not _left_open(settings[key])}:
         raise ValueError(f"{where}: remove {', '.join(sorted(clash))}; the recipe sets batch, optimiser and precision")

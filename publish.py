@@ -91,9 +91,7 @@ def read_source(source: Path, network: str | None) -> tuple[PreTrainedModel, dic
         raise ValueError(f"{folder}: its config.json does not say how volumes are prepared; add `preprocessing` to it")
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
     if "weights" in facts:
-        raise ValueError(
-            f"{folder / FACTS} was written by an earlier version of this project: publish with that version"
-        )
+        raise ValueError(f"{folder / FACTS} is of an earlier version of this project: publish it with that version")
     names = architecture(encoder.config.model_type).nnunet
     has_decoder = names is not None and names.decoder is not None
     if not is_run:

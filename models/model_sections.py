@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+from abc import abstractmethod
 from typing import Any, Literal
 
 from pydantic import PositiveInt, model_validator
@@ -18,17 +19,17 @@ class ModelSection(Section):
     architecture: str
 
     @property
+    @abstractmethod
     def dense_stride(self) -> int:
         """Voxels a cell and axis of the dense features."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder_arguments(self) -> dict[str, Any]:
         """Of the configuration, but for crop and preprocessing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_crop(self, crop_size: tuple[int, ...], mask_block: int) -> None:
         """Raise ValueError, with the remedy, unless the network can read such crops, masked in such blocks."""
-        raise NotImplementedError
 
 
 class Primus(ModelSection):

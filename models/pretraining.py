@@ -67,7 +67,7 @@ class Pretraining(nn.Module):
         Takes every key of the batch, `views` and `pair` among them; rows of each are the crops. Nothing may depend on
         values (`.item()`): the cost of a step is counted on fake tensors.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it computes: write its method `outputs`")
 
     def forward(
         self, *, return_outputs: bool = False, gradient_norms: bool = False, **batch: torch.Tensor

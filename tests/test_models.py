@@ -20,6 +20,7 @@ from models import (
 from models.cva import ConsistentViewAlignment
 from models.features import join_stages, tokens_to_map
 from models.masked_primus import patch_decoder
+from models.model_sections import ModelSection
 from training.student import checkpoint_gradients
 
 PUBLISHED = {"reconstruction": 5.0, "consistency": 1.0, "contrastive": 0.1}
@@ -367,3 +368,25 @@ def test_saved_encoder_comes_back_bit_for_bit(architecture, tmp_path):
     again = type(encoder).from_pretrained(tmp_path).eval()
     views = batch()["views"]
     assert torch.equal(encoder(views).last_hidden_state, again(views).last_hidden_state)
+
+
+def test_a_model_section_that_leaves_something_open_cannot_be_made():
+    class Half(ModelSection):
+        def encoder_arguments(self):
+            return {}
+
+    with pytest.raises(TypeError, match=r"Half .*check_crop.*dense_stride"):
+        Half(architecture="half")
+
+
+@pytest.mark.parametrize("name", ["primus", "resenc"])
+def test_what_transformers_would_swallow_is_refused(name):
+    with pytest.raises(ValueError, match="Config does not take wdth"):
+        build_encoder(name, (32, 32, 32), {}, wdth=8)
+
+
+def test_a_term_that_the_objective_does_not_return_is_named():
+    model = tiny_cva()
+    model.terms["spin"] = 1.0
+    with pytest.raises(ValueError, match="the objective returns no spin"):
+        model(**batch())

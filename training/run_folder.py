@@ -48,7 +48,7 @@ class RunFolder:
                 f"--output {self.path} is in use by {by}: stop that run (kill -USR1 saves a checkpoint first), or "
                 "choose another folder"
             ) from None
-        except (NotImplementedError, OSError) as error:
+        except (NotImplementedError, OSError) as error:  # the former where the operating system has no locks
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             warnings.warn(

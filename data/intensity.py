@@ -42,9 +42,10 @@ def draw_intensity(seed: tuple[int, ...], chances: Mapping[str, tuple[float, tup
     Args:
         seed: of the sample.
         chances: probability and range of each change; one that is absent is not made. "low_resolution" is a zoom
-            factor, one for both views; "noise" is the variance of Gaussian or Rician noise, as likely the one as the
-            other; "blur" is a standard deviation in voxels; "brightness", "contrast", "inverted_gamma" and "gamma" are
-            factors and exponents, the last three drawn around one.
+            factor, one for both views; "noise_std" is the standard deviation of Gaussian or Rician noise, as likely
+            the one as the other (batchgenerators calls it a variance); "blur" is a standard deviation in voxels;
+            "brightness", "contrast", "inverted_gamma" and "gamma" are factors and exponents, the last three drawn
+            around one.
 
     Returns:
         `[2, len(NAMES)]` float64: one row a view, NaN where a change is not applied.
@@ -58,7 +59,7 @@ def draw_intensity(seed: tuple[int, ...], chances: Mapping[str, tuple[float, tup
         drawn = [(rng.random(), draw(rng, *limits)) for _ in range(2)]
         return [value if chance < probability else math.nan for chance, value in drawn]
 
-    std, gaussian = np.sqrt(twice("noise")), generator("kind of noise").random(2) < 0.5
+    std, gaussian = twice("noise_std"), generator("kind of noise").random(2) < 0.5
     columns = {
         "low_resolution": twice("low_resolution")[:1] * 2,
         "gaussian_noise": np.where(gaussian, std, math.nan),

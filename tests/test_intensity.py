@@ -1,17 +1,19 @@
 """Changes of intensity, against slow and obvious code."""
 
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
+from batchgenerators.augmentations.noise_augmentations import augment_gaussian_noise, augment_rician_noise
 from scipy import ndimage, stats
 
 from data.intensity import NAMES, change_intensity, draw_around_one, draw_intensity
 
 CHANCES = {
     "low_resolution": (0.3, (0.5, 1.0)),
-    "noise": (0.4, (0.0, 0.1)),
+    "noise_std": (0.4, (0.0, 0.1)),
     "blur": (0.2, (0.5, 1.0)),
     "brightness": (0.35, (0.6, 1.2)),
     "contrast": (0.25, (0.5, 1.25)),
@@ -83,12 +85,12 @@ def test_chances_and_ranges():
     assert draws.shape == (4000, 2, len(NAMES))
     assert draws.dtype == np.float64
     column = dict(zip(NAMES, np.moveaxis(draws, -1, 0)))
-    noise = np.fmax(column["gaussian_noise"], column["rician_noise"]) ** 2
+    noise = np.fmax(column["gaussian_noise"], column["rician_noise"])
     gaussian, rician = (~np.isnan(column[name]) for name in NOISES)
     assert not (gaussian & rician).any()
     assert gaussian.sum() / (gaussian | rician).sum() == pytest.approx(0.5, abs=0.05)
     for name, (probability, (low, high)) in CHANCES.items():
-        values = noise if name == "noise" else column[name]
+        values = noise if name == "noise_std" else column[name]
         assert (~np.isnan(values)).mean() == pytest.approx(probability, abs=0.03), name
         values = values[~np.isnan(values)]
         assert low - 1e-12 <= values.min() < low + 0.02 * (high - low), name
@@ -97,6 +99,22 @@ def test_chances_and_ranges():
             assert (values < 1).mean() == pytest.approx(0.5, abs=0.05), name
         else:
             assert values.mean() == pytest.approx((low + high) / 2, abs=0.03 * (high - low)), name
+
+
+@pytest.mark.parametrize(("column", "theirs"), [(0, augment_gaussian_noise), (1, augment_rician_noise)])
+def test_noise_is_as_strong_as_the_published_one(column, theirs):
+    """batchgenerators hands the "variance" that it draws to numpy as a standard deviation."""
+    random.seed(0)
+    np.random.seed(0)
+    flat = np.full((1, 16, 16, 16), 100.0)
+    published = [(theirs(flat.copy(), (0.0, 0.1)) - flat).std() for _ in range(400)]
+    index = NAMES.index(NOISES[column])
+    draws = torch.cat([draw(seed, {"noise_std": (1.0, (0.0, 0.1))})[:1] for seed in range(1000, 2000)])
+    draws = draws[~draws[:, index].isnan()]
+    ours = (change_intensity(torch.full((len(draws), *flat.shape), 100.0), draws) - 100).std((1, 2, 3, 4)).numpy()
+    assert np.mean(ours**2) == pytest.approx(0.0033, rel=0.15)
+    assert np.mean(ours**2) == pytest.approx(np.mean(np.square(published)), rel=0.15)
+    assert stats.ks_2samp(ours, published).pvalue > 1e-3
 
 
 def test_both_views_share_the_resolution_and_nothing_else():
@@ -125,7 +143,7 @@ def test_draws_follow_from_the_seed():
 @pytest.mark.parametrize("name", CHANCES)
 @pytest.mark.parametrize("absent", [True, False])
 def test_a_change_left_out_or_added_moves_no_other(name, absent):
-    columns = NOISES if name == "noise" else (name,)
+    columns = NOISES if name == "noise_std" else (name,)
     others = [i for i, column in enumerate(NAMES) if column not in columns]
     chances = always(**{name: (0.0, CHANCES[name][1])})
     if absent:

@@ -86,7 +86,7 @@ def test_overrides():
         (["train.step=5"], r"train\.step: no such key in a recipe; did you mean train\.steps\?"),
         (["optimizer.lr=5"], r"optimizer\.lr: no such key"),
         (["optimizer.learning_rat=5"], r"did you mean optimizer\.learning_rate\?"),
-        (["intensity.noise.probabilty=0"], r"did you mean intensity\.noise\.probability\?"),
+        (["intensity.noise_std.probabilty=0"], r"did you mean intensity\.noise_std\.probability\?"),
         (["train.steps=many"], r"train\.steps: .*integer.*, not 'many'"),
         (["train.steps=2.5"], r"train\.steps"),
         (["train.steps=0"], r"train\.steps: .*greater than 0"),
@@ -126,7 +126,7 @@ def test_overrides():
         (["views.overhang=0.7"], r"views\.overhang"),
         (["seed=99999999999999999999"], r"seed"),
         (["name=../x"], r"name: .*pattern"),
-        (["intensity.noise.probability=2"], r"intensity\.noise\.probability"),
+        (["intensity.noise_std.probability=2"], r"intensity\.noise_std\.probability"),
         (["data.orientation=XYZ"], r"data\.orientation"),
         (["views.crop_size=[16,16,16]"], r"views\.crop_size=\[16, 16, 16\] is too small .*use 24 or more"),
         (["views.crop_size=[1,2"], r"views\.crop_size: cannot read the value"),
@@ -321,7 +321,7 @@ def test_a_recipe_of_another_method_is_refused_and_as_a_base_gives_what_both_kno
 
 def test_a_section_that_is_switched_off_can_be_switched_on(tmp_path):
     off = ROOT / "recipes" / "primus_m_stage1.yaml"
-    recipe = load_recipe(off, ["intensity.noise.probability=0.1", "intensity.noise.range=[0,1]"])
-    assert recipe.intensity.chances() == {"noise": (0.1, (0, 1))}
-    with pytest.raises(ValueError, match=r"intensity\.noise\.range: missing"):
-        load_recipe(off, ["intensity.noise.probability=0.1"])
+    recipe = load_recipe(off, ["intensity.noise_std.probability=0.1", "intensity.noise_std.range=[0,1]"])
+    assert recipe.intensity.chances() == {"noise_std": (0.1, (0, 1))}
+    with pytest.raises(ValueError, match=r"intensity\.noise_std\.range: missing"):
+        load_recipe(off, ["intensity.noise_std.probability=0.1"])

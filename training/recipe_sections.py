@@ -66,7 +66,7 @@ class Intensity(Section):
     """Changes of each view, in this order; low resolution is drawn once for both. One that is absent is not made."""
 
     low_resolution: Chance | None = None  # share of the resolution that is left
-    noise: Chance | None = None  # variance; Gaussian or Rician, as often
+    noise_std: Chance | None = None  # standard deviation; Gaussian or Rician, as often
     blur: Chance | None = None  # sigma in voxels
     brightness: Chance | None = None  # factor
     contrast: Chance | None = None  # factor, half of the draws below 1

@@ -21,6 +21,9 @@ OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures)
 pretraining.safetensors (student, teacher and heads); publish.py makes a bundle of it.
 """
 
+import training.shared_cpu  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 import warnings

@@ -1,5 +1,8 @@
 """Small volumes, a small recipe, and a way to run the script as a user does."""
 
+import training.shared_cpu  # noqa: F401
+
+# isort: split
 import json
 import os
 import subprocess

@@ -1,5 +1,8 @@
 """Pretrain a 3D encoder by telling how bright each crop is."""
 
+import training.shared_cpu  # noqa: F401
+
+# isort: split
 import sys
 from functools import partial
 from pathlib import Path

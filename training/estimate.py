@@ -11,12 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data.stream import Batch, SampleStream, stack_views
 from models.distributed import Traffic, count_traffic
 
 from .recipe import Recipe
+
+ATTENTION = {  # the kernels of CPUs, of shapes; torch counts those of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
 
 
 class StepCost(NamedTuple):
@@ -112,7 +119,8 @@ def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
         sample: a batch of one volume (`noise_batch`), of which the shapes count.
         volumes: in the batch to be counted.
     """
-    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter, count_traffic() as traffic:
+    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    with FakeTensorMode() as mode, flops, count_traffic() as traffic:
         weights = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
         live = _LiveBytes([*weights.values()])
         for weight in weights.values():
@@ -126,4 +134,4 @@ def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
                     fakes[id(tensor)] = torch.zeros(shape, dtype=tensor.dtype)
             batch = {key: fakes[id(tensor)] for key, tensor in sample.items()}
             functional_call(_Step(model), {f"model.{name}": weight for name, weight in weights.items()}, kwargs=batch)
-    return StepCost(volumes, len(batch["views"]), counter.get_total_flops(), live.timeline, traffic)
+    return StepCost(volumes, len(batch["views"]), flops.get_total_flops(), live.timeline, traffic)

@@ -37,6 +37,7 @@ def join_stages(stages: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def _resize(stage: torch.Tensor, grid_size: list[int]) -> torch.Tensor:
     """Fine stages are averaged, coarse ones interpolated: repeated, their features would lie up to half a cell off."""
-    if stage.shape[2] >= grid_size[0]:
-        return F.adaptive_avg_pool3d(stage, grid_size)
-    return F.interpolate(stage, size=grid_size, mode="trilinear", align_corners=False)
+    with torch.autocast(stage.device.type, enabled=False):  # a CPU's would make float32 copies
+        if stage.shape[2] >= grid_size[0]:
+            return F.adaptive_avg_pool3d(stage, grid_size)
+        return F.interpolate(stage, size=grid_size, mode="trilinear", align_corners=False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .features import tokens_to_map
-from .modeling_primus import PrimusModel, PrimusTransformer, init_primus_weights
+from .modeling_primus import InputNorm, PrimusModel, PrimusTransformer, init_primus_weights
 from .pretraining import StudentOutput
 
 
@@ -44,7 +44,7 @@ class PrimusFeatures(nn.Module):
         return self.describe(self.encoder(views).last_hidden_state)
 
 
-class ChannelNorm(nn.LayerNorm):
+class ChannelNorm(InputNorm):
     """LayerNorm over the channels of `[B, C, X, Y, Z]`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -55,13 +55,19 @@ def eager_attention_forward(module, query, key, value, attention_mask=None, scal
 
 
 class InputNorm(nn.LayerNorm):
-    """LayerNorm whose output is in the precision of autocast: cast once here, not again by each layer that reads it."""
+    """LayerNorm whose output is in the precision of autocast: cast once here, not again by each layer that reads it.
+
+    It computes in float32 and keeps its input as it came; on a GPU autocast would make, and keep, a float32 copy.
+    """
 
     def forward(self, x):
-        x, device = super().forward(x), x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):  # autocast knows no meta tensors
-            return x.to(torch.get_autocast_dtype(device))
-        return x
+        device = x.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no meta tensors
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return normed.to(torch.get_autocast_dtype(device))
 
 
 class PrimusAttention(nn.Module):

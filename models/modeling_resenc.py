@@ -32,7 +32,8 @@ class ConvNorm(nn.Module):
 def average_pool(x, stride):
     """Mean over cubes of `stride` voxels."""
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # avg_pool3d has neither there
-        return F.adaptive_avg_pool3d(x, [size // stride for size in x.shape[2:]])
+        with torch.autocast("cpu", enabled=False):  # which would make a float32 copy
+            return F.adaptive_avg_pool3d(x, [size // stride for size in x.shape[2:]])
     return F.avg_pool3d(x, stride)
 
 

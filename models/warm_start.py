@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from .architectures import ARCHITECTURES, architecture
 from .conversion import DECODERS, Conversion, from_reference, reference_prefix, select
-from .weight_files import read_json, read_weights
+from .weight_files import checksum, read_json, read_weights
 
 RUN_WEIGHTS = "pretraining.safetensors"  # a run's whole composite: student, teacher, heads
 ENCODER_WEIGHTS = "model.safetensors"
@@ -99,6 +99,9 @@ def _token_order(trainer: str) -> str:
 def find(source: str) -> Path:
     """The file to read: as given, in the folder given, or downloaded from the Hub (safetensors before `.pth`).
 
+    Args:
+        source: a path, `ORG/NAME`, or `ORG/NAME@REVISION` with a branch, tag or commit.
+
     Raises:
         ValueError: if there is none.
     """
@@ -112,18 +115,38 @@ def find(source: str) -> Path:
     return path / name
 
 
+def origin(source: str, file: Path) -> str:
+    """What may be published of where weights came from: no path of this machine.
+
+    Args:
+        source: as it was given.
+        file: what `find` found for it.
+
+    Returns:
+        `ORG/NAME@COMMIT` for a Hub id, else name and checksum.
+    """
+    path = Path(source)
+    if not path.exists():
+        snapshot = next(folder for folder in file.parents if folder.parent.name == "snapshots")
+        return f"{source.partition('@')[0]}@{snapshot.name}"
+    name = file.name if path.is_file() else f"{path.resolve().name}/{file.relative_to(path)}"
+    return f"{name} (sha256 {checksum(file)})"
+
+
 def _from_hub(source: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ValueError(f"{source}: no such file or folder, and not a Hub id (ORG/NAME)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) or source.startswith("."):
+        raise ValueError(f"{source}: no such file or folder, and not a Hub id (ORG/NAME or ORG/NAME@REVISION)")
+    name, _, revision = source.partition("@")
+    repo = {"repo_id": name, "revision": revision or None}
     try:
-        present = list_repo_files(source)
+        present = list_repo_files(**repo)
         name = next((file for file in FILES if file in present), None)
         wanted = ["config.json", name, "model-*.safetensors"] if name else ["config.json"]
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(snapshot_download(**repo, allow_patterns=wanted))
     except Exception as error:  # the network's errors differ from one client to the next
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     try:
-        path = Path(snapshot_download(source, local_files_only=True))
+        path = Path(snapshot_download(**repo, local_files_only=True))
     except OSError:  # nothing of it in the cache
         raise ValueError(f"{source}: no such file or folder, and not to be had from the Hub ({reason})") from None
     warnings.warn(f"{source}: the Hub did not give it ({reason}); this is the copy downloaded before", stacklevel=2)

@@ -1,5 +1,6 @@
 """Reading files that someone else wrote: tensors and plain values, never code; one line for whatever is wrong."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -7,6 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict:

@@ -54,7 +54,7 @@ FILES = {
 def runs(tmp_path_factory, volumes):
     """A finished run of each architecture."""
     folder = tmp_path_factory.mktemp("runs")
-    common = ["--config", config("zero2"), "--data", volumes]
+    common = ["--config", config("zero2"), "--data", volumes, "--data-description", "three heads of foam"]
     launch(*common, *TINY, "--output", folder / "primus")
     launch(*common, "--recipe", ROOT / "recipes" / "resenc_l.yaml", *TINY_RESENC, "--output", folder / "resenc")
     return folder
@@ -122,7 +122,7 @@ def test_the_model_card_says_what_is_known(bundle):
     for words in (
         "license: cc-by-4.0",
         f"Recipe `{recipe}`, 4 of 4 steps",
-        "drawn from 3 volumes, from random weights",
+        "drawn from 3 volumes (three heads of foam), from random weights",
         "DeepSpeed ZeRO-2",
         "| reconstruction | masked autoencoding | 0.",
         "crop_size:",  # the whole recipe
@@ -134,6 +134,8 @@ def test_the_model_card_says_what_is_known(bundle):
     ):
         assert words in card, words
     assert ("-pretrained_weights checkpoint_final.pth" in card) == (bundle.name == "resenc")
+    assert "like those it was trained on: three heads of foam" in " ".join(card.split())
+    assert "pipeline_tag" not in card  # transformers has no pipeline for volumes
 
 
 def test_the_examples_of_the_model_card_run(bundle, tmp_path):

@@ -1,6 +1,7 @@
 """Starting from weights that others trained: what is loaded, in which order, and what is refused."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from models import build_encoder, warm_start
 from models.features import tokens_to_map
 from models.masked_primus import MaskedPrimus
 from models.masked_resenc import MaskedResEnc
-from models.warm_start import load_pretrained
+from models.warm_start import find, load_pretrained, origin
 
 RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}
 PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -341,7 +342,7 @@ def offline(*arguments, **options):
 def test_without_a_network_what_was_downloaded_before_is_used_and_said(monkeypatch, tmp_path):
     primus_student().features.encoder.save_pretrained(tmp_path)
     monkeypatch.setattr(warm_start, "list_repo_files", offline)
-    monkeypatch.setattr(warm_start, "snapshot_download", lambda source, local_files_only: tmp_path)
+    monkeypatch.setattr(warm_start, "snapshot_download", lambda repo_id, revision, local_files_only: tmp_path)
     with pytest.warns(UserWarning, match="lab/brain: the Hub did not give it .no network.*downloaded before"):
         load_pretrained(primus_student(), "lab/brain")
 
@@ -365,13 +366,41 @@ def test_a_run_starts_from_another_run_and_its_teacher_with_it(volumes, tmp_path
         elif name.startswith("student." + prefix) and name.endswith("weight"):
             assert not torch.equal(tensor, first[name]), name
     facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
-    assert facts["init_from"] == str(tmp_path / "first")
+    weights = tmp_path / "first" / "pretraining.safetensors"
+    name = f"first/pretraining.safetensors (sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()})"
+    assert facts["origin"] == name
+    for public in (tmp_path / "second" / "encoder").iterdir():  # no path of this machine
+        assert str(tmp_path).encode() not in public.read_bytes().replace(str(tmp_path / "second").encode(), b""), public
     again = [*common, "--output", tmp_path / "second", "--resume", "auto", *STILL]
     assert "init  " not in launch(*again).stdout
     facts = json.loads((tmp_path / "second" / "encoder" / "pretraining.json").read_text())
-    assert facts["init_from"] == str(tmp_path / "first")
+    assert facts["origin"] == name
+    encoder = json.loads((tmp_path / "second" / "encoder" / "config.json").read_text())
+    assert encoder["drop_path_rate"] == 0.0  # 0.2 in the run: who fine-tunes would drop paths unasked
     other = launch(*again, "--init-from", tmp_path / "other", check=False)
     assert "the run to resume started from" in other.stderr
+
+
+def test_a_revision_of_the_hub_is_asked_for_and_its_commit_told(monkeypatch, tmp_path):
+    snapshot, asked = tmp_path / "models--lab--brain" / "snapshots" / "c0ffee", []
+    primus_student().features.encoder.save_pretrained(snapshot)
+
+    def listed(repo_id, revision):
+        asked.append((repo_id, revision))
+        return ["config.json", "model.safetensors"]
+
+    def downloaded(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        return snapshot
+
+    monkeypatch.setattr(warm_start, "list_repo_files", listed)
+    monkeypatch.setattr(warm_start, "snapshot_download", downloaded)
+    for source, revision in (("lab/brain@v1.0", "v1.0"), ("lab/brain", None)):
+        file = find(source)
+        assert file == snapshot / "model.safetensors"
+        assert asked == [("lab/brain", revision)] * 2
+        assert origin(source, file) == "lab/brain@c0ffee"
+        asked.clear()
 
 
 def test_a_source_without_weights_is_one_line_at_the_command_line(volumes, tmp_path):

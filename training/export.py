@@ -1,5 +1,6 @@
 """What a run gives away: an encoder that anyone can load, with its code and model card; all weights; pictures."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -33,6 +34,14 @@ FACTS = "pretraining.json"  # what is known of the run that made the weights
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:
     """The object that does what `config.preprocessing` says."""
     return VolumeImageProcessor(**{key: config.preprocessing[key] for key in ("orientation", "spacing", "crop_size")})
+
+
+def for_use(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy without what regularises pretraining alone: whoever fine-tunes chooses that anew."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = 0.0
+    return config
 
 
 def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path) -> None:
@@ -93,7 +102,7 @@ def write_run(
     seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
     last = next((record for record in reversed(records) if "loss" in record), {})
     known = {
-        **asdict(facts),
+        **{key: value for key, value in asdict(facts).items() if key != "init_from"},  # a path of this machine
         "step": step,
         "hours": seconds / 3600,
         "losses": {key: last[key] for key in terms if key in last},
@@ -102,7 +111,7 @@ def write_run(
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     prefix = "student.features.encoder."
     with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
-        student = type(encoder)(encoder.config)
+        student = type(encoder)(for_use(encoder.config))
     student.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
     card = model_card(student, known, str(folder.encoder))
 

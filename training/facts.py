@@ -41,7 +41,9 @@ class RunFacts:
     volumes: int
     ranks: int
     engine: str
-    init_from: str | None
+    init_from: str | None  # as it was given; stays in checkpoints
+    origin: str | None  # of those weights, as it may be published
+    data_description: str | None  # in its owner's words
     tracker: str  # the run's identity there, the same after a resume
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=current_commit)

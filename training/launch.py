@@ -15,6 +15,8 @@ from .recipe import Recipe
 from .run_folder import RunFolder, choose_folder
 from .strategy import Strategy, read_strategy
 
+DEMO_VOLUME = "the MNI152 T1 template that nilearn ships"
+
 
 def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; `manual` is the script's docstring."""
@@ -23,12 +25,14 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     add("--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)")
     add("--recipe", type=Path, help="the experiment: a file of recipes/ (default: a small demo)")
     add("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
+    add("--data-description", metavar="TEXT", help="what these volumes are, for the model card")
     add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
     add("--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)")
     add(
         "--init-from",
         metavar="PATH_OR_HUB_ID",
-        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors)",
+        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
+        "or ORG/NAME[@REVISION] of the Hub",
     )
     order = "of a foreign Primus that does not tell how it numbers tokens"
     add("--init-token-order", choices=["xyz", "yxz"], help=order)
@@ -49,6 +53,7 @@ class Launch:
     folder: RunFolder
     prepared: Path
     data: Path | None  # None: the demo's volume
+    data_description: str | None
     init_from: str | None
     token_order: str | None
     resume: bool
@@ -85,6 +90,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         folder,
         arguments.prepared or folder.prepared,
         arguments.data,
+        arguments.data_description if arguments.data else DEMO_VOLUME,
         arguments.init_from,
         arguments.init_token_order,
         bool(arguments.resume),
@@ -96,14 +102,14 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
 
 def _say_what_is_default(recipe: Recipe, recipe_given: bool, data_given: bool) -> None:
     """Tell a first run what it is about to do."""
-    data, script = "the MNI152 T1 template that nilearn ships", Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).name
     if not data_given and not recipe_given:
         print(
-            f"This is the demo: the recipe {recipe.name} on {data}.\n"
+            f"This is the demo: the recipe {recipe.name} on {DEMO_VOLUME}.\n"
             "For your own volumes add --data FOLDER and --recipe, a file of recipes/;\n"
             f"python {script} --help shows the commands.\n"
         )
     elif not data_given:
-        print(f"No --data FOLDER was given: this trains on one volume, {data}.\n")
+        print(f"No --data FOLDER was given: this trains on one volume, {DEMO_VOLUME}.\n")
     elif not recipe_given:
         print(f"No --recipe was given: this is {recipe.name}, a toy; see recipes/ for the real ones.\n")

@@ -22,11 +22,11 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     named = f" with {method['name']}" if method.get("name") else ""
     *first, last = _dict(method.get("terms")).values() or [""]
     learned = f" by {', '.join(first)}{' and ' if first else ''}{last}" if last else ""
+    described = facts.get("data_description") or "its author has not said which"
     citations = [method["citation"]] if method.get("citation") else []
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag="image-feature-extraction",
         tags=["medical-imaging", "3d", "self-supervised", *(["nnunet"] if nnunet else []), config.model_type],
     )
     sections = [
@@ -41,8 +41,9 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
         f"""## Intended use and limits
 
 For research: features, fine-tuning for segmentation, classification or regression of volumes like those it was trained
-on. Not a medical device, and not evaluated for any clinical decision. Other modalities, body parts, spacings or
-orientations than those above are outside what it has seen. It was trained on crops of {_times(size)} voxels.""",
+on: {described}. Not a medical device, and not evaluated for any clinical decision. It was trained on crops of
+{_times(size)} voxels, prepared as said above; other modalities and body parts, and volumes prepared otherwise, are
+outside what it has seen.""",
         f"""## Licence
 
 The Python files are Apache-2.0 (LICENSE). {
@@ -119,12 +120,15 @@ def _training(facts: dict) -> str:
     if not isinstance(recipe, dict):
         return "## Training\n\nNothing is known of it: the encoder came without its record."
     volumes = facts.get("volumes", "an unknown number of")
-    seen = f"{volumes} volume{'s' if volumes != 1 else ''}"
+    described = facts.get("data_description")
+    seen = f"{volumes} volume{'s' if volumes != 1 else ''}" + (f" ({described})" if described else "")
     hours = facts.get("hours", 0.0)
     train = recipe.get("train", {})
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    took = (
+        f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if 60 * hours >= 1 else "a minute or less"
+    )
     reached = facts.get("losses", {})
-    start = f"from {facts['init_from']}" if facts.get("init_from") else "from random weights"
+    start = f"from {facts['origin']}" if facts.get("origin") else "from random weights"
     terms = _dict(facts.get("method")).get("terms", {})
     losses = "\n".join(f"| {key} | {terms.get(key, '')} | {value:.4f} |" for key, value in reached.items())
     whose = {"student": "The weights are the student's. ", "teacher": "The weights are the EMA teacher's. "}

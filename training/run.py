@@ -24,7 +24,7 @@ from torch.profiler import record_function
 
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
-from models.warm_start import load_pretrained
+from models.warm_start import find, load_pretrained, origin
 
 from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
 from .estimate import StepCost
@@ -100,8 +100,13 @@ class Run:
         init_from = self.newest.meta["init_from"] if self.newest else launch.init_from
         if self.newest and launch.init_from not in (None, init_from):
             raise ValueError(f"--init-from {launch.init_from}: the run to resume started from {init_from}")
+        started_as = self.newest.meta["origin"] if self.newest else None
         if init_from and not self.newest:
-            report = load_pretrained(model.student, init_from, launch.token_order)
+            weights = find(init_from)
+            report, started_as = (
+                load_pretrained(model.student, str(weights), launch.token_order),
+                origin(init_from, weights),
+            )
             model.update_teacher(momentum=0.0)  # the teacher starts as the student
             self.print(f"init        {report}")
         if recipe.run.compile:
@@ -111,7 +116,19 @@ class Run:
         self.files, fingerprint = from_main_rank(accelerator, prepare)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
-        self.facts = RunFacts(method, numbers, fingerprint, len(self.files), self.ranks, engine, init_from, identity)
+        described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
+        self.facts = RunFacts(
+            method,
+            numbers,
+            data=fingerprint,
+            volumes=len(self.files),
+            ranks=self.ranks,
+            engine=engine,
+            init_from=init_from,
+            origin=started_as,
+            data_description=described,
+            tracker=identity,
+        )
 
     # ----------------------------------------------------------------------- the loop
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from training.checkpoints import FORMAT, Writer, complete_checkpoints, damage, load, newest_checkpoint
+from training.checkpoints import FORMAT, Writer, check_coverage, complete_checkpoints, load, newest_checkpoint
 from training.metrics import read_metrics
 from training.state import Piece, pieces, set_updates_made, updates_made
 
@@ -158,10 +158,44 @@ def test_a_damaged_one_is_named_kept_and_not_used(tmp_path, file, harm):
     assert newest_checkpoint(tmp_path)[1]["step"] == 6
 
 
-def test_a_file_too_many_is_damage(tmp_path):
-    Training(tmp_path).save(2)
-    (tmp_path / "step_2" / "state_1.safetensors").write_bytes(b"")
-    assert damage(tmp_path / "step_2") == "state_1.safetensors missing, or not of it"
+@pytest.mark.parametrize("name", [".nfs000001", ".DS_Store", "state_1.safetensors"])
+def test_a_file_too_many_is_named_and_not_read(tmp_path, name):
+    training = Training(tmp_path)
+    training.train(1).save(2)
+    (tmp_path / "step_2" / name).write_bytes(b"not of it")
+    with pytest.warns(UserWarning, match=f"{name} is not of this checkpoint and is ignored"):
+        path, meta = newest_checkpoint(tmp_path)
+    assert (path.name, meta["step"]) == ("step_2", 2)
+    load(path, training.state(), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [
+        ([(0, 4, 9), (4, 9, 9), (9, 9, 9)], None),
+        ([(5, 9, 9), (0, 5, 9)], None),
+        ([(0, 4, 9), (5, 9, 9)], "missing at 4"),
+        ([(0, 4, 9), (3, 9, 9)], "written twice at 4"),
+        ([(0, 9, 9), (0, 9, 9)], "written twice at 9"),
+        ([(0, 4, 9)], "hold 4 of 9"),
+        ([(0, 0, 9)], "hold 0 of 9"),
+    ],
+)
+def test_what_is_written_covers_every_tensor_once(ranks, why):
+    ranges = [{"model.weight": held} for held in ranks]
+    if why is None:
+        return check_coverage(ranges)
+    with pytest.raises(RuntimeError, match=f"model.weight would .*{why}"):
+        check_coverage(ranges)
+
+
+def test_a_checkpoint_with_a_gap_is_not_finished_and_the_one_before_stays(tmp_path):
+    training = Training(tmp_path)
+    training.train(1).save(2)
+    gap = [piece._replace(size=piece.size + 1) for piece in training.state()]
+    with pytest.raises(OSError, match=r"step_4 could not be written .*would hold"):
+        training.writer.save(4, gap, {}, {})
+    assert newest_checkpoint(tmp_path)[1]["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -235,16 +269,18 @@ def test_pieces_fit_however_they_were_cut(tmp_path_factory, written, read):
         starts = {"model.x": first} if first < last else {}
         save_file({name: whole[first:last].clone() for name in starts}, folder / f"state_{rank}.safetensors",
                   metadata={"starts": json.dumps(starts)})  # fmt: skip
+    (folder / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {path.name}\n" for path in folder.iterdir()))
     for first, last in zip([0, *read], [*read, 20]):
         values = torch.full((last - first,), -1.0)
-        load(folder, [Piece("model.x", values, first, whole=False)], 0, 1)
+        load(folder, [Piece("model.x", values, first, 20, whole=False)], 0, 1)
         assert torch.equal(values, whole[first:last])
 
 
 def test_a_checkpoint_of_another_model_is_said(tmp_path):
     training = Training(tmp_path)
     training.save(2)
-    for piece in (Piece("model.weight", torch.zeros(10), 0, True), Piece("model.other", torch.zeros(9), 0, True)):
+    for name, size in (("model.weight", 10), ("model.other", 9)):
+        piece = Piece(name, torch.zeros(size), 0, size, whole=True)
         with pytest.raises(ValueError, match=rf"of the {len(piece.values)} numbers of {piece.name}: it is of another"):
             load(tmp_path / "step_2", [piece], 0, 1)
 

@@ -7,7 +7,6 @@
 They are written to `tmp-step_N`, flushed, closed with the marker and renamed; only then are old ones removed.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -25,10 +24,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models.weight_files import checksum
+
 from .files import flush
 from .state import Piece
 
-FORMAT = 2  # of a checkpoint; 1 had no number
+FORMAT = 3  # of a checkpoint; 1 had no number, 2 no origin of first weights
 KEEP = 2
 MARKER = "SHA256SUMS"
 META = "meta.json"
@@ -72,20 +73,23 @@ class Writer:
             OSError: on all ranks, if it cannot be written, or the one before could not; what was there is untouched.
         """
         self.wait()
-        tensors, starts = {}, {}
+        tensors, starts, ranges = {}, {}, {}
         for piece in state:
             first, last = 0, len(piece.values)
             if piece.whole:  # a share each
                 share = -(-last // self.ranks)
                 first, last = min(self.rank * share, last), min((self.rank + 1) * share, last)
-            if first < last and not piece.copy:
+            if piece.copy:
+                continue
+            ranges[piece.name] = (piece.start + first, piece.start + last, piece.size)
+            if first < last:
                 tensors[piece.name] = piece.values[first:last].to("cpu", copy=True)
                 starts[piece.name] = piece.start + first
         tensors |= {f"own.{name}": tensor.to("cpu", copy=True) for name, tensor in own.items()}
         if self.thread:
-            self.pending = self.thread.submit(self._write, step, tensors, starts, meta)
+            self.pending = self.thread.submit(self._write, step, tensors, starts, ranges, meta)
         else:
-            self._write(step, tensors, starts, meta)
+            self._write(step, tensors, starts, ranges, meta)
 
     def wait(self) -> None:
         """Until nothing is being written; raises what `save` does."""
@@ -93,7 +97,14 @@ class Writer:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], starts: dict[str, int], meta: dict) -> None:
+    def _write(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        starts: dict[str, int],
+        ranges: dict[str, tuple[int, int, int]],
+        meta: dict,
+    ) -> None:
         final, temporary = self.folder / f"step_{step}", self.folder / f"tmp-step_{step}"
         file = temporary / f"state_{self.rank}.safetensors"
         sums: dict[str, str] = {}
@@ -107,15 +118,16 @@ class Writer:
             save_file(tensors, file, metadata={"starts": json.dumps(starts)})
             file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets nobody else read it
             flush(file)
-            sums[file.name] = _checksum(file)
+            sums[file.name] = checksum(file)
 
         def close() -> None:
             if self.rank:
                 return
+            check_coverage([held for _, held in found])
             (temporary / META).write_text(json.dumps({"format": FORMAT, "step": step, **meta}, indent=1))
             flush(temporary / META)
-            everybody = {name: value for part in found for name, value in part.items()}
-            (temporary / MARKER).write_text(_marker(everybody | {META: _checksum(temporary / META)}))
+            everybody = {name: value for sums, _ in found for name, value in sums.items()}
+            (temporary / MARKER).write_text(_marker(everybody | {META: checksum(temporary / META)}))
             flush(temporary / MARKER)
             flush(temporary)
             if final.exists():  # a complete one would have been resumed from
@@ -128,7 +140,7 @@ class Writer:
 
         self._together(final, make_room)
         self._together(final, write_own)
-        found = self._everyone(sums)
+        found = self._to_main((sums, ranges))
         self._together(final, close)
 
     def _together(self, final: Path, act) -> None:
@@ -148,11 +160,39 @@ class Writer:
                 "free on the disk); earlier checkpoints are untouched, go on from them with --resume auto"
             )
 
+    def _to_main(self, value: object) -> list:
+        """Of all ranks, on the main one; others get nothing to look at."""
+        found = [value] * self.ranks
+        if self.group:
+            dist.gather_object(value, found if self.rank == 0 else None, group=self.group)
+        return found
+
     def _everyone(self, value: object) -> list:
         found = [value] * self.ranks
         if self.group:
             dist.all_gather_object(found, value, group=self.group)
         return found
+
+
+def check_coverage(ranks: list[dict[str, tuple[int, int, int]]]) -> None:
+    """Raise RuntimeError unless what the ranks write covers every tensor exactly once.
+
+    Args:
+        ranks: of each, tensor -> first and last + 1 of the elements that it writes, and how many there are.
+    """
+    held, sizes = defaultdict(list), {}
+    for ranges in ranks:
+        for name, (first, last, size) in ranges.items():
+            held[name].append((first, last))
+            sizes[name] = size
+    for name, parts in held.items():
+        reached = 0
+        for first, last in sorted(part for part in parts if part[0] < part[1]):
+            if first != reached:
+                raise RuntimeError(f"{name} would be {'missing' if first > reached else 'written twice'} at {reached}")
+            reached = last
+        if reached != sizes[name]:
+            raise RuntimeError(f"{name} would hold {reached} of {sizes[name]} numbers")
 
 
 # --------------------------------------------------------------------------- reading
@@ -168,7 +208,8 @@ def load(path: Path, state: Iterable[Piece], rank: int, ranks: int) -> dict[str,
         ValueError: if the checkpoint does not hold all of the state.
     """
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(f, "pt")) for f in sorted(path.glob("state_*.safetensors"))]
+        names = sorted(name for name in _written(path) if name != META)  # no others, whatever lies beside them
+        files = [stack.enter_context(safe_open(path / name, "pt")) for name in names]
         places = defaultdict(list)
         for file in files:
             for name, start in json.loads(file.metadata()["starts"]).items():
@@ -234,21 +275,28 @@ def _in_order(checkpoints: Iterable[Path]) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, from the checksums of all its files."""
+    """What is wrong with a checkpoint, from the checksums of all its files; of others beside them it warns."""
     if not (path / MARKER).exists():
         return f"{MARKER} is missing"
     try:
-        text = (path / MARKER).read_text()
-        sums = {name: checksum for checksum, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE)}
-        if text != _marker(sums) or META not in sums:
+        sums = _written(path)
+        if (path / MARKER).read_text() != _marker(sums) or META not in sums:
             return f"{MARKER} cannot be read"
         there = {file.name for file in path.iterdir()} - {MARKER}
-        if there != sums.keys():
-            return f"{', '.join(sorted(there ^ sums.keys()))} missing, or not of it"
-        wrong = [name for name, checksum in sums.items() if _checksum(path / name) != checksum]
+        if missing := sums.keys() - there:
+            return f"{', '.join(sorted(missing))} missing"
+        if others := there - sums.keys():
+            warnings.warn(f"{path}: {', '.join(sorted(others))} is not of this checkpoint and is ignored", stacklevel=3)
+        wrong = [name for name, written in sums.items() if checksum(path / name) != written]
         return f"{', '.join(wrong)} not as written" if wrong else None
     except (OSError, UnicodeDecodeError) as error:
         return str(error)
+
+
+def _written(path: Path) -> dict[str, str]:
+    """The files of a checkpoint and their checksums, by its marker."""
+    lines = re.findall(r"^([0-9a-f]{64})  (\S+)$", (path / MARKER).read_text(), re.MULTILINE)
+    return {name: value for value, name in lines}
 
 
 def set_aside(path: Path) -> Path:
@@ -265,13 +313,5 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _checksum(path: Path) -> str:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 22):
-            checksum.update(part)
-    return checksum.hexdigest()
-
-
 def _marker(sums: dict[str, str]) -> str:
-    return "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())
+    return "".join(f"{value}  {name}\n" for name, value in sums.items())

@@ -24,6 +24,7 @@ class Piece(NamedTuple):
     name: str  # model.NAME or MOMENT.NAME
     values: torch.Tensor  # [n], the memory itself: what is written here is what trains
     start: int  # of the range, in the flattened tensor
+    size: int  # of the flattened tensor
     whole: bool  # every rank holds all of it
     copy: bool = False  # another piece of this rank has the same numbers
 
@@ -72,13 +73,13 @@ def _held(name: str, tensor: torch.Tensor, rank: int) -> Iterator[Piece]:
         assert placement.is_shard(0)
         rows = -(-tensor.shape[0] // ranks)
         start = min(rank * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
-        yield Piece(name, tensor.to_local().detach().view(-1), start, whole=False)
+        yield Piece(name, tensor.to_local().detach().view(-1), start, tensor.numel(), whole=False)
     elif hasattr(tensor, "ds_tensor"):  # ZeRO-3: equal shares, the last one padded
         share, total = tensor.ds_tensor.numel(), tensor.ds_numel
         start = min(rank * share, total)
-        yield Piece(name, tensor.ds_tensor.detach().view(-1)[: total - start], start, whole=False)
+        yield Piece(name, tensor.ds_tensor.detach().view(-1)[: total - start], start, total, whole=False)
     else:
-        yield Piece(name, tensor.detach().view(-1), 0, whole=True)
+        yield Piece(name, tensor.detach().view(-1), 0, tensor.numel(), whole=True)
 
 
 def _of_deepspeed(name: str, parameter: nn.Parameter, zero, optimizer: Optimizer, rank: int) -> Iterator[Piece]:
@@ -86,17 +87,18 @@ def _of_deepspeed(name: str, parameter: nn.Parameter, zero, optimizer: Optimizer
     if hasattr(parameter, "ds_tensor"):
         group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
         flat, start = zero.fp32_partitioned_groups_flat[group], min(rank * share, parameter.ds_numel)
-        count = min(share, parameter.ds_numel - start)
+        size = parameter.ds_numel
+        count = min(share, size - start)
     elif parameter._hp_mapping is not None:
         held = parameter._hp_mapping
         flat = zero.single_partition_of_fp32_groups[held.param_group_index]
         offset, count = held.hp_fragment_address.start, held.hp_fragment_address.numel
-        start = held.lp_fragment_address.start
+        start, size = held.lp_fragment_address.start, parameter.numel()
     else:  # on another rank
         return
-    yield Piece(f"model.{name}", flat.detach()[offset : offset + count], start, whole=False, copy=True)
+    yield Piece(f"model.{name}", flat.detach()[offset : offset + count], start, size, whole=False, copy=True)
     for moment, value in _moments(optimizer, flat).items():
-        yield Piece(f"{moment}.{name}", value[offset : offset + count], start, whole=False)
+        yield Piece(f"{moment}.{name}", value[offset : offset + count], start, size, whole=False)
 
 
 def _moments(optimizer: Optimizer, trained: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -163,6 +163,9 @@ class MicroBatches:
             yield list(range(first, first + self.share))
 
 
+PREFETCHED = 2  # batches that each worker keeps ready, in shared memory
+
+
 def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_memory: bool) -> DataLoader:
     """A loader of view-major batches in the order of the stream."""
     return DataLoader(
@@ -171,7 +174,7 @@ def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_m
         collate_fn=stack_views,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the model's generator
         worker_init_fn=_leave_signals_to_the_trainer,
     )

@@ -67,17 +67,15 @@ class ConsistentViewAlignment(Pretraining):
         """
         voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
         outputs = {"target": target, "points": points, "inside": inside, "pair": pair, "voxel_mask": voxel_mask}
+        if self.teacher is not None:  # first: nothing of the student's waits in memory meanwhile
+            with torch.no_grad():
+                outputs |= self._apply_heads("teacher", *self.teacher["features"](views), [self.teacher["projector"]])
         seen = self.student(views, mask, voxel_mask)
         outputs["encoded"] = seen.encoded
         if "reconstruction" in self.terms:
             outputs["reconstructed"] = seen.reconstruction.float()
         heads = [head for head in (self.projector, self.predictor) if head is not None]
-        outputs |= self._apply_heads("student", seen.dense, seen.pooled, heads)
-        if self.teacher is not None:
-            with torch.no_grad():
-                dense, pooled = self.teacher["features"](views)
-                outputs |= self._apply_heads("teacher", dense, pooled, [self.teacher["projector"]])
-        return outputs
+        return outputs | self._apply_heads("student", seen.dense, seen.pooled, heads)
 
     def _apply_heads(self, who, dense, pooled, heads):
         outputs = {}

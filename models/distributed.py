@@ -13,12 +13,12 @@ class Traffic:
     """Bytes that a rank hands to collectives in a forward and backward pass; counted on one rank, for any number."""
 
     gathered: int = 0  # tensors that every rank gets
-    gathered_gradients: int = 0  # those of them with a gradient, which is summed over ranks for the rows of all
+    gathered_gradients: int = 0  # those of them with a gradient, of which each rank gets the sum for its own rows
     summed: int = 0  # tensors of one size however many ranks there are
 
     def sent(self, ranks: int) -> float:
         """Bytes that a rank sends, and receives as many; collectives around a ring."""
-        return (ranks - 1) * self.gathered + 2 * (ranks - 1) / ranks * (self.summed + ranks * self.gathered_gradients)
+        return (ranks - 1) * (self.gathered + self.gathered_gradients) + 2 * (ranks - 1) / ranks * self.summed
 
 
 _traffic: Traffic | None = None
@@ -51,9 +51,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # every rank's loss may depend on every rank's rows
-        return gradient[dist.get_rank()]
+        own = gradient.new_empty(1, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())  # every rank's loss may depend on every rank's rows
+        return own[0]
 
 
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:

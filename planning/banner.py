@@ -1,11 +1,12 @@
 """What a run says before it starts: what a step is, what it costs, and whether the disk can hold the result."""
 
 import math
+import os
 
 from models import architecture
 from training.run import Run
 
-from .late_checks import check_room
+from .late_checks import check_room, check_shared_memory
 from .plan import checkpoint_bytes, elements, memory, weights_of
 
 
@@ -13,7 +14,7 @@ def print_banner(run: Run) -> None:
     """Print the derived numbers of a run that has not been started yet.
 
     Raises:
-        ValueError: if the disk has no room for the checkpoints.
+        ValueError: if the disk has no room for the checkpoints, or shared memory none for the loaders.
     """
     recipe, model, cost = run.recipe, run.model, run.cost
     batch, crop, accumulate = recipe.train.batch_size, recipe.views.crop_size, recipe.train.accumulate
@@ -39,3 +40,4 @@ def print_banner(run: Run) -> None:
     for key, value in lines.items():
         run.print(f"{key:<11} {value}")
     check_room(run.folder, checkpoint_bytes(weights, recipe))
+    check_shared_memory(recipe, cost.views, ranks=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

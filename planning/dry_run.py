@@ -41,7 +41,7 @@ def dry_run(
         basis = f"measured on this {device.type}"
     sent = communication(weights, recipe, launch.strategy, ranks, cost.traffic)
     print_plan(recipe, ranks, parts, sent, cost.flops, tflops, basis)
-    return check_late_failures(launch, recipe, weights, parts)
+    return check_late_failures(launch, recipe, weights, parts, cost.views)
 
 
 def seconds_a_step(flops: float, accumulate: int, tflops: float) -> float:

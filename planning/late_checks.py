@@ -1,5 +1,6 @@
 """What would fail hours into a run, tried before it starts: each check is one line, with the remedy if it fails."""
 
+import math
 import os
 import shutil
 import uuid
@@ -14,6 +15,7 @@ import torch
 from data.demo import demo_volume
 from data.nifti import find_volumes
 from data.prepared import prepared_file
+from data.stream import PREFETCHED
 from training.checkpoints import KEEP, complete_checkpoints
 from training.launch import Launch
 from training.recipe import Recipe
@@ -24,11 +26,12 @@ from .plan import Parts, Weight, checkpoint_bytes
 SHOWN = 3  # bad files that are named
 
 
-def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], memory: Parts) -> bool:
+def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], memory: Parts, crops: int) -> bool:
     """Print one line a check, "ok ..." or "FAILS ..."; whether all passed.
 
     Args:
         memory: what `plan.memory` returned.
+        crops: of a rank's micro-batch.
     """
     try:
         paths = find_volumes(launch.data) if launch.data else [demo_volume()]
@@ -40,9 +43,10 @@ def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], m
         lambda: check_writable(launch.folder.path, "--output"),
         lambda: check_writable(launch.prepared, "--prepared"),
         lambda: check_disk(launch, paths, recipe, checkpoint_bytes(weights, recipe)),
+        lambda: check_shared_memory(recipe, crops, ranks_here(launch.ranks)),
         lambda: check_tracker(launch.wandb),
         lambda: check_device_memory(memory),
-        lambda: check_host_memory(memory, launch.ranks),
+        lambda: check_host_memory(memory, ranks_here(launch.ranks)),
     ]
     passed = True
     for check in checks:
@@ -151,6 +155,25 @@ def _prepared_bytes(path: Path, folder: Path, recipe: Recipe) -> float:
     return 4 * voxels
 
 
+def check_shared_memory(recipe: Recipe, crops: int, ranks: int, place: Path = Path("/dev/shm")) -> str:
+    """Raise ValueError if there is no room for what the loaders keep ready.
+
+    Args:
+        crops: of a rank's micro-batch.
+        ranks: on this machine.
+    """
+    if not recipe.run.workers or not place.is_dir():
+        return "the loader needs no shared memory"
+    needed = ranks * recipe.run.workers * PREFETCHED * crops * 4 * math.prod(recipe.views.crop_size)
+    room = shutil.disk_usage(place).total  # of others' files the run may outlive
+    if room < needed:
+        raise ValueError(
+            f"{place} has {room / 1e6:,.0f} MB, the loaders of {ranks} rank{'s' if ranks > 1 else ''} need at least "
+            f"{needed / 1e6:,.0f} MB: give it more (docker run --shm-size, or --ipc=host), or lower run.workers"
+        )
+    return f"{room / 1e6:,.0f} MB of shared memory for {needed / 1e6:,.0f} MB of crops that wait"
+
+
 def check_tracker(wandb: bool) -> str:
     """Nothing is sent: the key is only looked for where wandb itself would look."""
     if not wandb:
@@ -180,10 +203,14 @@ def check_device_memory(memory: Parts) -> str:
     return f"{memory['total'] / 1e9:.1f} of the GPU's {there / 1e9:.1f} GB"
 
 
-def check_host_memory(memory: Parts, ranks: int) -> str:
+def ranks_here(ranks: int) -> int:
+    """Of so many ranks, those that share a machine like this one."""
+    return min(ranks, torch.cuda.device_count() or ranks)
+
+
+def check_host_memory(memory: Parts, here: int) -> str:
     if not memory["host"]:
         return "nothing is offloaded to the host"
-    here = min(ranks, torch.cuda.device_count() or ranks)  # ranks that share this node
     needed, free = here * memory["host"], psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

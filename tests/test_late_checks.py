@@ -41,6 +41,7 @@ def check(tmp_path, capsys):
             wandb=False,
             ranks=2,
             volumes=2,
+            is_first=True,
         ),
         "recipe": recipe,
         "weights": weights,
@@ -49,7 +50,7 @@ def check(tmp_path, capsys):
 
     def run(memory=usual["memory"], **changed):
         launch = replace(usual["launch"], **changed)
-        passed = late_checks.check_late_failures(launch, recipe, weights, memory)
+        passed = late_checks.check_late_failures(launch, recipe, weights, memory, crops=4)
         lines = capsys.readouterr().out.splitlines()
         assert all(line.startswith(("ok ", "FAILS ")) for line in lines)
         failed = [line for line in lines if line.startswith("FAILS ")]
@@ -101,6 +102,19 @@ def test_a_disk_without_room(check, monkeypatch):
     assert "choose another folder" in line
 
 
+def test_shared_memory_too_small_for_the_loaders(tmp_path, monkeypatch):
+    recipe = load_recipe(DEMO, [*TINY, "run.workers=3"], train_cva.CVARecipe)
+    needed = 2 * 3 * 2 * 4 * 4 * 32**3  # ranks, workers, batches ready, crops, bytes, voxels
+    usage = collections.namedtuple("Usage", "total")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(needed))
+    assert "shared memory for" in late_checks.check_shared_memory(recipe, 4, 2, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(needed - 1))
+    with pytest.raises(ValueError, match=r"has 6 MB.* at least 6 MB.*--shm-size.*lower run\.workers"):
+        late_checks.check_shared_memory(recipe, 4, 2, tmp_path)
+    recipe.run.workers = 0
+    assert "needs no" in late_checks.check_shared_memory(recipe, 4, 2, tmp_path)
+
+
 def test_a_tracker_that_is_not_there(check, monkeypatch):
     there = late_checks.find_spec
     monkeypatch.setattr(late_checks, "find_spec", lambda name: None if name == "wandb" else there(name))
@@ -142,6 +156,6 @@ def test_the_whole_plan_at_once(check, capsys):
     assert dry_run(launch, recipe, model, cost, noise)
     shown = capsys.readouterr().out
     assert "measured on this cpu" in shown
-    assert shown.count("\nok  ") == 8
+    assert shown.count("\nok  ") == 9
     assert not dry_run(replace(launch, ranks=3), recipe, model, cost, noise, tflops=100)
     assert "given" in capsys.readouterr().out

@@ -60,6 +60,7 @@ class Launch:
     wandb: bool
     ranks: int
     volumes: int  # of a micro-batch on one rank
+    is_first: bool  # of the ranks
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -97,6 +98,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         arguments.wandb,
         ranks,
         volumes=max(1, recipe.train.batch_size // (ranks * recipe.train.accumulate)),
+        is_first=first,
     )
 
 

@@ -66,15 +66,15 @@ class Run:
 
     Args:
         model: the composite, on the CPU; scripts go on using it, `run.wrapped` is what trains it.
-        cost: of a micro-batch (`step_cost`).
+        cost: of a micro-batch (`step_cost`); the first rank's, others need none.
         method: the script's words about it.
 
     Raises:
         ValueError: for what a user can mend.
     """
 
-    def __init__(self, launch: Launch, recipe: Recipe, model: Pretraining, cost: StepCost, method: Method):
-        self.recipe, self.model, self.cost, self.strategy = recipe, model, cost, launch.strategy
+    def __init__(self, launch: Launch, recipe: Recipe, model: Pretraining, cost: StepCost | None, method: Method):
+        self.recipe, self.model, self.strategy = recipe, model, launch.strategy
         self.started = launch.started
         self.accelerator = accelerator = make_accelerator(
             launch.strategy,
@@ -88,6 +88,7 @@ class Run:
         self.device, self.print = accelerator.device, accelerator.print
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
+        self.cost: StepCost = from_main_rank(accelerator, lambda: cost)
         self.folder = from_main_rank(accelerator, lambda: launch.folder)  # a free one may look different to a late rank
         self.locks = []
         from_main_rank(accelerator, lambda: self.locks.append(self.folder.lock()))

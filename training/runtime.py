@@ -65,7 +65,7 @@ def make_accelerator(
             }
         _quiet_deepspeed_on_cpu()
         plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=settings)
-    if not torch.cuda.is_available():  # launchers set one thread a process
+    if not torch.cuda.is_available() or strategy.offloads:  # launchers set one thread a process
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.backends.cudnn.benchmark = True  # crops have one size
     group = InitProcessGroupKwargs(backend=backend)

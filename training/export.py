@@ -23,7 +23,7 @@ from .facts import RunFacts
 from .files import write_whole
 from .metrics import read_metrics
 from .model_card import model_card
-from .report import draw_report
+from .report import draw_report, first_sample
 from .run import Run
 from .run_folder import RunFolder
 
@@ -65,25 +65,38 @@ def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path
 
 
 def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-    """Write encoder folder, all weights and pictures; all ranks take part, the main one writes.
+    """Write encoder folder, all weights and pictures where they are due; all ranks take part in gathering weights.
+
+    The main rank writes in a thread while training goes on: nothing there may draw random numbers.
 
     Args:
         step: steps done.
         batch: of `run.held_out()`, as the model was called with it.
         outputs: of `run.look(batch)`.
     """
+    if not run.exports:
+        return
     weights = run.accelerator.get_state_dict(run.wrapped)
-    if run.is_main:
-        write_run(run.model.student.features.encoder, weights, run.facts, list(run.model.terms), step, run.folder)
+    if not run.is_main:
+        return
+    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+    encoder = run.model.student.features.encoder
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
+        student = type(encoder)(for_use(encoder.config))
+    sample, facts, terms, folder = first_sample(batch, outputs), run.facts, list(run.model.terms), run.folder
+
+    def write() -> None:
+        write_run(student, weights, facts, terms, step, folder)
         try:
-            draw_report(run.folder, batch, outputs, run.facts, step)
+            draw_report(folder, sample, student, facts, step)
         except Exception as error:  # no picture is worth a run
             warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
-    run.accelerator.wait_for_everyone()
+
+    run.in_background(write)
 
 
 def write_run(
-    encoder: PreTrainedModel,
+    student: PreTrainedModel,
     weights: dict[str, torch.Tensor],
     facts: RunFacts,
     terms: list[str],
@@ -93,11 +106,11 @@ def write_run(
     """Write what a run gives away: `encoder/`, and all its weights for `publish.py` and for warm starts.
 
     Args:
-        encoder: the run's own; its parameters may be sharded.
-        weights: the composite's full state dict, as gathered.
+        student: an encoder like the run's, to be filled with its weights.
+        weights: the composite's full state dict, on the CPU.
         terms: those that are trained.
     """
-    records = read_metrics(folder.metrics)
+    records = [record for record in read_metrics(folder.metrics) if record["step"] <= step]  # training goes on
     steps = [0, *(record["step"] for record in records)]
     seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
     last = next((record for record in reversed(records) if "loss" in record), {})
@@ -108,10 +121,7 @@ def write_run(
         "losses": {key: last[key] for key in terms if key in last},
         "network": "student",
     }
-    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     prefix = "student.features.encoder."
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
-        student = type(encoder)(for_use(encoder.config))
     student.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
     card = model_card(student, known, str(folder.encoder))
 

@@ -140,6 +140,7 @@ class Running(Section):
     max_skipped: PositiveInt  # steps in a row whose loss or gradient is not finite: so many stop the run
     checkpoint_every: PositiveInt  # steps
     checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
+    export_every: PositiveInt  # checkpoints: encoder/, pretraining.safetensors and report/, by a thread; and at the end
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
     gradient_checkpointing: bool  # a third of the memory less, a third of the operations more
     compile: bool  # the networks' blocks, by torch.compile; not under ZeRO-3

@@ -1,9 +1,10 @@
-"""The pictures of a run's `report/`, refreshed at each checkpoint; which ones depends on what the model was given."""
+"""The pictures of a run's `report/`, refreshed with its encoder; which ones depends on what the model was given."""
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
-from models import dense_features, load_encoder
+from models import dense_features
 
 from .facts import RunFacts
 from .metrics import read_metrics
@@ -11,23 +12,24 @@ from .pictures import draw_alignment, draw_features, draw_losses, draw_reconstru
 from .run_folder import RunFolder
 
 
+def first_sample(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is drawn, on the CPU: at most two views of the first sample of a batch, and its reconstruction if any."""
+    rows = (batch["pair"] == batch["pair"][0]).nonzero().flatten()[:2]
+    seen = batch | {key: outputs[key] for key in ("reconstructed",) if key in outputs}
+    return {key: value[rows].to("cpu", copy=True) for key, value in seen.items()}
+
+
 def draw_report(
-    folder: RunFolder,
-    batch: dict[str, torch.Tensor],
-    outputs: dict[str, torch.Tensor],
-    facts: RunFacts,
-    step: int,
+    folder: RunFolder, sample: dict[str, torch.Tensor], encoder: PreTrainedModel, facts: RunFacts, step: int
 ) -> None:
-    """Draw what a run has learned so far, on the first sample of a batch that is not trained on.
+    """Draw what a run has learned so far, on a sample that is not trained on.
 
     Args:
-        folder: of the run; its `encoder` is the one that is looked at.
-        batch: as the model was called with it; with `points` and `inside` the places compared are drawn.
-        outputs: of the model; with `reconstructed` the first view's reconstruction is drawn.
+        sample: of `first_sample`; with `points` and `inside` the places compared are drawn, with `reconstructed` the
+            first view's reconstruction.
+        encoder: the run's, on the CPU.
     """
     report, planes = folder.report, planes_of(facts.recipe["data"]["orientation"])
-    of_first = (batch["pair"] == batch["pair"][0]).nonzero().flatten()[:2]  # at most two views of one sample
-    sample = {key: value[of_first].cpu() for key, value in batch.items()}
     views = sample["views"][:, 0]
     records = [record for record in read_metrics(folder.metrics) if "loss" in record]
     draw_losses(records, facts.method.terms, report / "losses.png")
@@ -37,12 +39,10 @@ def draw_report(
         inside = sample["inside"][0]
         centres = sample["points"][:, inside if inside.any() else ~inside].mean(dim=2)
         place = centres[:, centres.shape[1] // 2]
-    if "reconstructed" in outputs:
+    if "reconstructed" in sample:
         hidden = F.interpolate(sample["mask"][:1, None].float(), size=views.shape[1:])[0, 0].bool()
-        rebuilt = outputs["reconstructed"][of_first[0], 0].float().cpu()
+        rebuilt = sample["reconstructed"][0, 0].float()
         draw_reconstruction(views[0], hidden, rebuilt, report / "reconstruction.png", planes)
-    device = batch["views"].device
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # a network is made: training must not notice
-        encoder = load_encoder(folder.encoder).to(device).eval()
-        dense = dense_features(encoder, sample["views"].to(device)).float().cpu()
+    with torch.no_grad():
+        dense = dense_features(encoder.eval(), sample["views"])
     draw_features(views, dense, place, report / f"features_step_{step}.png", planes)

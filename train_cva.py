@@ -17,8 +17,8 @@ take, and what would fail late: add `--dry-run`. From weights that exist, ours o
 Stopped or killed? Run the same command again with `--resume auto`; SIGTERM or SIGUSR1 saves a checkpoint first and ends
 with exit code 75. docs/running.md has the details.
 
-OUTPUT holds recipe.yaml, metrics.jsonl, logs/ (TensorBoard), report/ (pictures), checkpoints/, encoder/ and
-pretraining.safetensors (student, teacher and heads); publish.py makes a bundle of it.
+OUTPUT holds recipe.yaml, metrics.jsonl, held_out.jsonl (of samples that are not trained on), logs/ (TensorBoard), report/
+(pictures), checkpoints/, encoder/ and pretraining.safetensors (student, teacher and heads); publish.py makes a bundle.
 """
 
 import training.shared_cpu  # noqa: F401
@@ -37,6 +37,7 @@ from pydantic import PositiveInt, model_validator
 
 from data.stream import Batch, SampleStream, render
 from data.views import least_shared
+from losses.baselines import reconstruction_baselines
 from losses.consistency import CONSISTENCIES
 from losses.cva import TERMS, cva_objective
 from models.cva import ConsistentViewAlignment
@@ -169,7 +170,13 @@ def make_batch(samples: dict, device: torch.device, recipe: CVARecipe) -> Batch:
 
 def write_results(run: Run, recipe: CVARecipe, step: int) -> None:
     batch = make_batch(run.held_out(), run.device, recipe)
-    export_run(run, step, batch, run.look(batch))
+    outputs = run.look(batch)
+    numbers = {term: outputs[term] for term in recipe.loss.terms()}
+    if "reconstruction" in numbers and recipe.mask.ratio:
+        unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"])
+        numbers |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
+    run.note_held_out(step, numbers)
+    export_run(run, step, batch, outputs)
 
 
 def main(arguments: argparse.Namespace, write_results: Callable = write_results) -> None:

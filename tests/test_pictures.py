@@ -30,9 +30,9 @@ def titles(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pictures, "_save", keep)
 
-    def draw(records, terms):
+    def draw(records, terms, held_out=()):
         drawn.clear()
-        pictures.draw_losses(records, terms, tmp_path / "losses.png")
+        pictures.draw_losses(records, terms, tmp_path / "losses.png", held_out)
         return drawn
 
     return draw
@@ -49,6 +49,14 @@ def test_a_key_that_some_records_lack_is_drawn_where_it_is(titles):
     drawn = titles([RECORD, {**skipped, "loss": 2.0}, {**RECORD, "step": 3, "late": 5.0}], {"spin": ""})
     assert drawn["late"][0].get_xdata().tolist() == [3]
     assert drawn["spin"][0].get_xdata().tolist() == [1, 3]
+
+
+def test_held_out_losses_are_dots_and_what_has_learned_nothing_a_level(titles):
+    held_out = [{"step": 1, "spin": 0.9, "spin_by_guessing": 1.5}, {"step": 2, "spin": 0.7, "spin_by_guessing": 1.5}]
+    _, dots, level = titles([RECORD, {**RECORD, "step": 2}], {"spin": ""}, held_out)["spin"]
+    assert dots.get_xydata().tolist() == [[1, 0.9], [2, 0.7]]
+    assert set(level.get_ydata()) == {1.5}
+    assert level.get_label() == "guessing"
 
 
 def test_nothing_logged_yet_is_no_error(titles):

@@ -126,6 +126,11 @@ class Metrics:
         self.started += seconds
 
 
+def read_held_out(path: Path) -> list[dict[str, float]]:
+    """The records of a `held_out.jsonl`, by step; where a step was done again, the last one."""
+    return list({record["step"]: record for record in read_metrics(path)}.values())
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The records of a `metrics.jsonl`; a last line cut off by a kill is left out."""
     records = []

@@ -1,6 +1,7 @@
 """The pictures of `report/`: losses, reconstruction, the places that are compared, and what the features see."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +24,15 @@ def planes_of(orientation: str) -> tuple[tuple[str, int], ...]:
     return tuple(zip(names, range(3)))
 
 
-def draw_losses(records: list[dict[str, float]], terms: dict[str, str], path: Path) -> None:
+def draw_losses(
+    records: list[dict[str, float]], terms: dict[str, str], path: Path, held_out: Sequence[dict[str, float]] = ()
+) -> None:
     """The loss, its terms and all that was watched of them, over the steps.
 
     Args:
         records: of `metrics.jsonl`.
         terms: name of each term -> what it is.
+        held_out: records of `held_out.jsonl`; what scores without learning is drawn as a level.
     """
     keys = dict.fromkeys(key for record in records for key in record)
     watched = (key for key in keys if not key.startswith("gradient_of_") and key not in (*BOOKKEEPING, "loss", *terms))
@@ -40,6 +44,13 @@ def draw_losses(records: list[dict[str, float]], terms: dict[str, str], path: Pa
     for name, axis in zip(names, axes.flat):
         steps, values = zip(*((r["step"], r[name]) for r in records if name in r)) if records else ((), ())
         axis.plot(steps, values, linewidth=1.2)
+        if seen := [(record["step"], record[name]) for record in held_out if name in record]:
+            axis.plot(*zip(*seen), "o", color="black", markersize=4, label="held out")
+            levels = {k.removeprefix(f"{name}_by_"): v for k, v in held_out[-1].items() if k.startswith(f"{name}_by_")}
+            for number, (what, level) in enumerate(levels.items()):
+                axis.axhline(level, linestyle=":", color=f"C{number + 1}", label=what.replace("_", " "))
+            axis.legend(fontsize=7)
+            values = (*values, *levels.values())
         words = textwrap.fill(terms.get(name, ""), 44)
         axis.set_title(f"{name.replace('_', ' ')}\n{words}".strip(), fontsize=9)
         axis.grid(alpha=0.3)

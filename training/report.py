@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from models import dense_features
 
 from .facts import RunFacts
-from .metrics import read_metrics
+from .metrics import read_held_out, read_metrics
 from .pictures import draw_alignment, draw_features, draw_losses, draw_reconstruction, planes_of
 from .run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def draw_report(
     report, planes = folder.report, planes_of(facts.recipe["data"]["orientation"])
     views = sample["views"][:, 0]
     records = [record for record in read_metrics(folder.metrics) if "loss" in record]
-    draw_losses(records, facts.method.terms, report / "losses.png")
+    draw_losses(records, facts.method.terms, report / "losses.png", read_held_out(folder.held_out))
     place = (torch.tensor(views.shape[1:]) - 1).expand(len(views), 3) / 2
     if "points" in sample:
         draw_alignment([views], [sample["points"]], [sample["inside"][0]], report / "views.png", planes)

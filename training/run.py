@@ -9,6 +9,7 @@ for step in run.steps():
 run.end(results)
 """
 
+import json
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ from .facts import Method, RunFacts, what_rounds_otherwise
 from .guards import STOPPED, Guard, ignore_signals, poison, skip_if_not_finite
 from .heartbeat import start_heartbeat
 from .launch import Launch
-from .metrics import Metrics, read_metrics
+from .metrics import Metrics, read_held_out, read_metrics
 from .optimizer import build_optimizer
 from .preparation import prepare_data
 from .recipe import Recipe, flatten
@@ -252,6 +253,17 @@ class Run:
         self.wrapped.train()
         return outputs
 
+    def note_held_out(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Keep numbers of samples that are not trained on, their mean over ranks, in `held_out.jsonl`.
+
+        Args:
+            values: term -> its loss, and `TERM_by_WHAT` -> what WHAT scores that has learned nothing.
+        """
+        mean = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
+        if self.is_main:
+            with open(self.folder.held_out, "a") as file:
+                file.write(json.dumps({"step": step, **dict(zip(values, mean))}) + "\n")
+
     def in_background(self, write: Callable[[], None]) -> None:
         """Let a thread write while training goes on; one that is still at it is not waited for."""
         if self.export and not self.export.done():
@@ -333,6 +345,9 @@ class Run:
             return f"{key} {start:.3f} -> {end:.3f}"
 
         self.print(f"losses      {', '.join(change(key) for key in self.model.terms)}")
+        for record in read_held_out(self.folder.held_out)[-1:]:
+            shown = (f"{key.replace('_', ' ')} {value:.3f}" for key, value in record.items() if key != "step")
+            self.print(f"held out    {', '.join(shown)}")
         waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
         seconds = time.perf_counter() - self.started
         self.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")

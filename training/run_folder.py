@@ -22,6 +22,7 @@ class RunFolder:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.held_out = path / "held_out.jsonl"  # losses of samples that are not trained on
         self.checkpoints = path / "checkpoints"
         self.encoder = path / "encoder"  # what `from_pretrained` reads
         self.weights = path / RUN_WEIGHTS  # student, teacher and heads

@@ -17,7 +17,7 @@ take, and what would fail late: add `--dry-run`. From weights that exist, ours o
 Stopped or killed? Run the same command again with `--resume auto`; SIGTERM or SIGUSR1 saves a checkpoint first and ends
 with exit code 75. docs/running.md has the details.
 
-OUTPUT holds recipe.yaml, metrics.jsonl, held_out.jsonl (of samples that are not trained on), logs/ (TensorBoard), report/
+OUTPUT holds recipe.yaml, metrics.jsonl, held_out.jsonl (of samples not trained on), logs/ (TensorBoard), report/
 (pictures), checkpoints/, encoder/ and pretraining.safetensors (student, teacher and heads); publish.py makes a bundle.
 """
 

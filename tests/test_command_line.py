@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, config, launch
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 
@@ -18,3 +18,13 @@ def test_threads_sleep_while_they_wait_unless_the_user_has_said_otherwise(script
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
     asked = subprocess.run([sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True)
     assert f"OMP_WAIT_POLICY = '{policy or 'PASSIVE'}'" in asked.stderr
+
+
+def test_a_network_that_gloo_does_not_find_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    done = launch("--config", config("ddp"), "--output", tmp_path / "run", *TINY, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train_cva.py: "))
+    assert "nowhere0" in line
+    assert "set GLOO_SOCKET_IFNAME" in line

@@ -3,7 +3,8 @@
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,15 @@ def make_accelerator(
         torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.backends.cudnn.benchmark = True  # crops have one size
     group = InitProcessGroupKwargs(backend=backend)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=accumulate,
-        mixed_precision="no",  # the model runs its own autocast, alike under every engine
-        log_with=tracker,
-        project_config=ProjectConfiguration(project_dir=str(logs.parent), logging_dir=str(logs)),
-        kwargs_handlers=[group, *plugins.pop("kwargs_handlers", [])],
-        **plugins,
-    )
+    with _gloo_finds_the_network():
+        accelerator = Accelerator(
+            gradient_accumulation_steps=accumulate,
+            mixed_precision="no",  # the model runs its own autocast, alike under every engine
+            log_with=tracker,
+            project_config=ProjectConfiguration(project_dir=str(logs.parent), logging_dir=str(logs)),
+            kwargs_handlers=[group, *plugins.pop("kwargs_handlers", [])],
+            **plugins,
+        )
     got, asker = accelerator.distributed_type, strategy.source
     if "deepspeed_plugin" in plugins and got != DistributedType.DEEPSPEED:
         raise ValueError(
@@ -132,7 +134,8 @@ def end_tracker(accelerator: Accelerator) -> None:
 def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
     # a group of its own: collectives of the training itself must not wait so long for a dead rank
-    patient = torch.distributed.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
+    with _gloo_finds_the_network():
+        patient = torch.distributed.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
     found: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -144,6 +147,20 @@ def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+@contextmanager
+def _gloo_finds_the_network() -> Iterator[None]:
+    """It takes the address of the machine's own name, which on many is that of the machine alone (127.0.1.1)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME, and "
+            "NCCL_SOCKET_IFNAME, to the network interface by which the machines reach each other; `ip addr` shows them"
+        ) from None
 
 
 def _build(kind: type, arguments: dict, strategy: Strategy) -> Any:

@@ -213,6 +213,9 @@ if sys.argv[1:3] == ["show", "hostnames"]:
     print("127.0.0.1\\n127.0.0.1")
 elif sys.argv[1:3] == ["show", "job"]:
     print("   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
+    print("   Requeue=1 Restarts=" + os.environ.get("RESTARTS", "0") + " BatchFlag=1")
+elif sys.argv[1] == "requeue" and "REFUSES" in os.environ:
+    sys.exit("Requested operation is presently disabled")
 """
 
 # In place of train_cva.py, with its manners: a stop that one rank is asked for is agreed on, saved, and ends with 75.
@@ -354,6 +357,48 @@ def test_slurm_scancel_is_not_queued_again_but_preemption_is(machines, stand_in,
         code = slurm.end(job)
         assert len(slurm.checkpoints()) > len(before), machines.logs()
         assert (code == 0, slurm.requeued()) == ((False, 0) if preempted == "None" else (True, 1)), machines.logs()
+
+
+def test_slurm_preempted_before_the_first_checkpoint_is_queued_again(machines, stand_in, tmp_path):
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
+    job = slurm.start(PREEMPTED="2026-01-01T00:00:00")
+    machines.wait((tmp_path / "tasks").exists, job)
+    for pid in [job.pid, *map(int, (tmp_path / "tasks").read_text().split())]:  # before it listens to signals
+        os.kill(pid, signal.SIGKILL if pid != job.pid else signal.SIGTERM)
+    assert slurm.end(job) == 0, machines.logs()
+    assert (slurm.checkpoints(), slurm.requeued()) == ([], 1)
+
+
+def test_slurm_what_slurm_has_queued_again_is_not_called_cancelled(machines, stand_in, tmp_path):
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
+    job = slurm.start(RESTARTS="3", SLURM_RESTART_COUNT="2")
+    slurm.train_until(10, job)
+    for pid in [*map(int, (tmp_path / "tasks").read_text().split()), job.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert slurm.end(job) != 0
+    assert "Slurm has queued this job again" in slurm.log()
+    assert "cancelled" not in slurm.log()
+    assert slurm.requeued() == 0
+
+
+def test_slurm_a_time_limit_that_leaves_no_time_does_not_queue_for_ever(machines, stand_in, tmp_path):
+    """The signal comes at once, also before the ranks listen: bash itself must."""
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
+    del slurm.environment["SLURM_GPUS_ON_NODE"]  # of a job without GPUs
+    job = slurm.start()
+    machines.wait((tmp_path / "scontrol.log").exists, job)
+    job.send_signal(signal.SIGUSR1)
+    assert slurm.end(job) not in (0, -signal.SIGUSR1)
+    assert "no new checkpoint: not queued again" in slurm.log()
+    assert "raise --time" in slurm.log()
+    assert slurm.requeued() == 0
+
+
+def test_slurm_that_refuses_to_queue_again_is_said(machines, stand_in, tmp_path):
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 200, "--crash", 60)
+    assert slurm.end(slurm.start(REFUSES="1")) != 0
+    assert "refused to queue it again" in slurm.log()
+    assert "; queued again" not in slurm.log()
 
 
 def test_slurm_a_mistake_is_not_queued_again(machines, stand_in, tmp_path):

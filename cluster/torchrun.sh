@@ -7,9 +7,10 @@
 #
 # HEAD is one of the machines, by a name or address that all of them reach (port 29500 unless given); OUTPUT is on a
 # file system that all of them see. Where the others cannot reach a machine by its own host name, set PET_LOCAL_ADDR
-# there to an address that they can, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to its network interface. A machine that was lost: the same command there again, and all go on from the
-# newest checkpoint. A head that was lost: the others stop, and the same command is given on all of them. To stop, with
-# a checkpoint: `kill` the torchrun of every machine.
+# there to an address that they can; where that name means 127.0.1.1 to the machine itself, as on Debian, set
+# GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on all to the network that joins them (eth0). A machine that was lost: the
+# same command there again, and all go on from the newest checkpoint. A head that was lost: the others stop, and the
+# same command is given on all of them. To stop, with a checkpoint: `kill` the torchrun of every machine.
 set -euo pipefail
 
 if (($# < 5)) || [[ $4 != -- ]]; then

@@ -183,7 +183,7 @@ command = sys.argv[1:]
 options = []
 while command[0].startswith("--"):
     options.append(command.pop(0))
-assert "--kill-on-bad-exit=1" in options and f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}" in options
+assert "--kill-on-bad-exit=1" in options and f"--cpus-per-task={os.environ.get('SLURM_CPUS_PER_TASK', 1)}" in options
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 tasks = [
     subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(n), "SLURM_PROCID": str(n)},
@@ -206,16 +206,19 @@ sys.exit(abs(code))
 
 SCONTROL = """
 import os, sys
+if sys.argv[1] == "requeue":
+    if "REFUSED" in os.environ:
+        sys.exit("Job can not be requeued")
+    print("scontrol requeue", flush=True)
 with open("scontrol.log", "a") as log:
     print(*sys.argv[1:], file=log)
 if sys.argv[1:3] == ["show", "hostnames"]:
     assert sys.argv[3] == "node[1-2]"
     print("127.0.0.1\\n127.0.0.1")
 elif sys.argv[1:3] == ["show", "job"]:
-    print("   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
+    print("   JobState=COMPLETING Reason=" + os.environ.get("REASON", "None") + " Dependency=(null)")
     print("   Requeue=1 Restarts=" + os.environ.get("RESTARTS", "0") + " BatchFlag=1")
-elif sys.argv[1] == "requeue" and "REFUSES" in os.environ:
-    sys.exit("Requested operation is presently disabled")
+    print("   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=" + os.environ.get("PREEMPTED", "None"))
 """
 
 # In place of train_cva.py, with its manners: a stop that one rank is asked for is agreed on, saved, and ends with 75.
@@ -293,11 +296,11 @@ class Slurm:
     def job_with_a_free_port() -> int:
         return next(number for number in range(os.getpid() * 7, 10**9) if not listens(10000 + number % 20000))
 
-    def start(self, **environment: str) -> subprocess.Popen:
+    def start(self, source: str = "", **environment: str) -> subprocess.Popen:
         text = (CLUSTER / "slurm.sbatch").read_text()
         text, edits = re.subn(r"(?m)^output=.*$", f"output={self.output}", text)
         text, more = re.subn(r"(?m)^arguments=.*$", f"arguments=({' '.join(map(str, self.arguments))})", text)
-        text, most = re.subn(r"(?m)^source .*$", "", text)
+        text, most = re.subn(r"(?m)^source .*$", source, text)
         assert (edits, more, most) == (1, 1, 1)
         script = self.folder / "job.sbatch"
         script.write_text(text)
@@ -337,6 +340,7 @@ def test_slurm_before_the_time_limit_saves_and_queues_again_until_finished(machi
     assert first == 50
     assert 60 <= stopped < 200
     assert slurm.requeued() == 1
+    assert re.search(r"scontrol requeue\nslurm.sbatch: USR1; queued again, .*/step_\d+\n$", slurm.log())
 
     job = slurm.start()
     assert slurm.end(job) == 0, machines.logs()
@@ -346,63 +350,51 @@ def test_slurm_before_the_time_limit_saves_and_queues_again_until_finished(machi
     assert slurm.requeued() == 1
 
 
-def test_slurm_scancel_is_not_queued_again_but_preemption_is(machines, stand_in, tmp_path):
+def test_slurm_says_whether_a_job_that_was_stopped_is_queued_again(machines, stand_in, tmp_path):
+    """Slurm tells the launchers and the script the same each time."""
     slurm = Slurm(machines, tmp_path, stand_in, 2, "--steps", 100000)
-    for step, preempted in ((10, "None"), (100, "2026-01-01T00:00:00")):
-        job = slurm.start(PREEMPTED=preempted)
+    for step, environment, requeued, words in (
+        (10, {}, 0, "cancelled; sbatch again"),
+        (100, {"RESTARTS": "1"}, 0, "Slurm has queued it again"),
+        (200, {"RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, 0, "cancelled; sbatch again"),
+        (300, {"PREEMPTED": "2026-01-01T00:00:00"}, 1, "preempted; queued again"),
+        (400, {"REASON": "TimeLimit"}, 2, "time limit; queued again"),
+    ):
+        job = slurm.start(**environment)
         slurm.train_until(step, job)
         before = slurm.checkpoints()
         for pid in [*map(int, (tmp_path / "tasks").read_text().split()), job.pid]:  # as Slurm does
             os.kill(pid, signal.SIGTERM)
-        code = slurm.end(job)
+        slurm.end(job)
         assert len(slurm.checkpoints()) > len(before), machines.logs()
-        assert (code == 0, slurm.requeued()) == ((False, 0) if preempted == "None" else (True, 1)), machines.logs()
+        last = slurm.log().splitlines()[-1]
+        assert (slurm.requeued(), words in last) == (requeued, True), machines.logs()
 
 
 def test_slurm_preempted_before_the_first_checkpoint_is_queued_again(machines, stand_in, tmp_path):
-    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
-    job = slurm.start(PREEMPTED="2026-01-01T00:00:00")
-    machines.wait((tmp_path / "tasks").exists, job)
-    for pid in [job.pid, *map(int, (tmp_path / "tasks").read_text().split())]:  # before it listens to signals
-        os.kill(pid, signal.SIGKILL if pid != job.pid else signal.SIGTERM)
-    assert slurm.end(job) == 0, machines.logs()
-    assert (slurm.checkpoints(), slurm.requeued()) == ([], 1)
+    """With a grace time the launchers alone are told, so all the script sees is that they end."""
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 200, "--crash", 1)
+    assert slurm.end(slurm.start(PREEMPTED="2026-01-01T00:00:00")) == 0, machines.logs()
+    assert slurm.log().endswith("slurm.sbatch: preempted; queued again, to go on from the start\n")
+    assert slurm.requeued() == 1
 
 
-def test_slurm_what_slurm_has_queued_again_is_not_called_cancelled(machines, stand_in, tmp_path):
-    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
-    job = slurm.start(RESTARTS="3", SLURM_RESTART_COUNT="2")
-    slurm.train_until(10, job)
-    for pid in [*map(int, (tmp_path / "tasks").read_text().split()), job.pid]:
-        os.kill(pid, signal.SIGTERM)
+@pytest.mark.parametrize("early", [True, False], ids=["before the run", "before its first step"])
+def test_slurm_a_time_limit_that_leaves_no_time_to_train_is_not_queued_again(early, machines, stand_in, tmp_path):
+    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 200)
+    job = slurm.start("kill -USR1 $$" if early else "")
+    if not early:
+        machines.wait((tmp_path / "tasks").exists, job)
+        job.send_signal(signal.SIGUSR1)
     assert slurm.end(job) != 0
-    assert "Slurm has queued this job again" in slurm.log()
-    assert "cancelled" not in slurm.log()
+    assert "slurm.sbatch: USR1 and no new checkpoint: not queued again; raise --time" in slurm.log()
+    assert not (slurm.output / "step").exists()
     assert slurm.requeued() == 0
-
-
-def test_slurm_a_time_limit_that_leaves_no_time_does_not_queue_for_ever(machines, stand_in, tmp_path):
-    """The signal comes at once, also before the ranks listen: bash itself must."""
-    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 100000)
-    del slurm.environment["SLURM_GPUS_ON_NODE"]  # of a job without GPUs
-    job = slurm.start()
-    machines.wait((tmp_path / "scontrol.log").exists, job)
-    job.send_signal(signal.SIGUSR1)
-    assert slurm.end(job) not in (0, -signal.SIGUSR1)
-    assert "no new checkpoint: not queued again" in slurm.log()
-    assert "raise --time" in slurm.log()
-    assert slurm.requeued() == 0
-
-
-def test_slurm_that_refuses_to_queue_again_is_said(machines, stand_in, tmp_path):
-    slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 200, "--crash", 60)
-    assert slurm.end(slurm.start(REFUSES="1")) != 0
-    assert "refused to queue it again" in slurm.log()
-    assert "; queued again" not in slurm.log()
 
 
 def test_slurm_a_mistake_is_not_queued_again(machines, stand_in, tmp_path):
     slurm = Slurm(machines, tmp_path, stand_in, 1, "--stepz", 10)
+    del slurm.environment["SLURM_GPUS_ON_NODE"], slurm.environment["SLURM_CPUS_PER_TASK"]  # not asked for any
     assert slurm.end(slurm.start()) != 0
     assert "exitcode  : 2" in slurm.log()
     assert "no new checkpoint: not queued again" in slurm.log()
@@ -411,6 +403,9 @@ def test_slurm_a_mistake_is_not_queued_again(machines, stand_in, tmp_path):
 
 def test_slurm_a_crash_is_queued_again_only_after_progress(machines, stand_in, tmp_path):
     slurm = Slurm(machines, tmp_path, stand_in, 1, "--steps", 200, "--crash", 60)
+    assert slurm.end(slurm.start(REFUSED="")) != 0
+    assert "Slurm does not queue it again: sbatch again, to go on from " in slurm.log().splitlines()[-1]
+    shutil.rmtree(slurm.output)
     assert slurm.end(slurm.start()) == 0, machines.logs()
     assert slurm.checkpoints() == [50]
     assert slurm.requeued() == 1

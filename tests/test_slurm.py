@@ -1,12 +1,9 @@
-"""cluster/slurm.sbatch on a real Slurm with two nodes, real training in it.
+"""cluster/slurm.sbatch on a real Slurm of two nodes or more: what stops a job, and what comes of it.
 
-    python -m pytest -q -m slurm
-
-The nodes see this folder and the one of the tests (`--basetemp`, on a cluster). `SLURM_TEST_HIGH` names a partition
-whose jobs preempt those of the default one by requeueing them.
+Without GPUs. `SBATCH_PARTITION`, `SBATCH_ACCOUNT` and the like say where, as for any sbatch; on nodes that are machines
+of their own, `--basetemp` has to be on a file system that all of them see.
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,148 +13,233 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ROOT, TINY, config, model_state
+from conftest import BIN, ROOT, TINY, config, whole_state
 
-HIGH = os.environ.get("SLURM_TEST_HIGH")
-STEPS = [*TINY, "train.steps=400", "run.checkpoint_every=100", "run.log_every=50"]
-
-
-def ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+from training.metrics import read_metrics
 
 
-def why_not() -> str | None:
-    if not shutil.which("scontrol") or "UP" not in ask("scontrol", "ping"):
-        return "no Slurm answers `scontrol ping`"
-    nodes = {line for line in ask("sinfo", "-hN", "-t", "idle,mix", "-o", "%N").split()}
-    return None if len(nodes) >= 2 else f"needs two nodes that are up, sinfo shows {len(nodes)}"
+def say(*command, check: bool = True) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout if done.returncode == 0 else ""
 
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
+def missing() -> str:
+    if not shutil.which("sbatch") or " UP" not in say("timeout", "10", "scontrol", "ping", check=False):
+        return "no Slurm answers"
+    return "" if len(set(say("sinfo", "-hNo", "%N").split())) > 1 else "Slurm has less than two nodes"
+
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+STEPS = 8
+# train_cva.py, which on its first start waits for the signal: after the step, or before it has done anything (0).
+HELD = """
+import os, runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+sys.argv[0] = {root!r} + "/train_cva.py"
+first = "SLURM_RESTART_COUNT" not in os.environ
+held = Path({folder!r}, "held" + os.environ["RANK"])
+if {step} == 0 and first:
+    held.touch()
+    time.sleep(600)
+from training.run import Run
+end_step = Run.end_step
+def hold(self, step, results):
+    if step.done == {step} and first:
+        held.touch()
+        while not self.guard.asked:
+            time.sleep(0.1)
+    end_step(self, step, results)
+Run.end_step = hold
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Job:
-    """A run of the script as it stands, its marked lines edited."""
+    """A job of cluster/slurm.sbatch with its marked lines edited, of one rank on each of two nodes."""
 
-    def __init__(self, folder: Path, volumes: Path, *options: str):
-        self.output, self.log = folder / "run", folder / "job.out"
+    def __init__(self, folder: Path, volumes: Path, hold: int | None = None, options: tuple[str, ...] = ("--time=10",)):
+        self.folder, self.output = folder, folder / "run"
+        arguments = ["--config", config("ddp"), "--data", volumes, *TINY, f"train.steps={STEPS}"]
         text = (ROOT / "cluster" / "slurm.sbatch").read_text()
-        arguments = ["--config", config("ddp"), "--data", volumes, *STEPS]
-        edits = {
-            r"^output=.*$": f"output={self.output}",
-            r"^arguments=.*$": f"arguments=({' '.join(map(str, arguments))})",
-            r"^source .*$": f"export PATH={BIN}:$PATH CUDA_VISIBLE_DEVICES=",
-            r"^#SBATCH --gpus-per-node=.*\n": "",
-            r"^#SBATCH --cpus-per-task=.*$": "#SBATCH --cpus-per-task=1",
-            r"^#SBATCH --mem=.*\n": "",
-            r"^#SBATCH --time=.*$": "#SBATCH --time=00:20:00",
-        }
-        for pattern, edit in edits.items():
-            text, count = re.subn(f"(?m){pattern}", edit, text)
-            assert count == 1, pattern
+        for line, edited in {
+            "#SBATCH --gpus-per-node": "",
+            "#SBATCH --cpus-per-task": "#SBATCH --cpus-per-task=1",
+            "#SBATCH --mem": "",
+            "output=": f"output={self.output}",
+            "arguments=": f"arguments=({' '.join(map(str, arguments))})",
+            "source ": f"PATH={BIN}:$PATH",
+        }.items():
+            text, edits = re.subn(rf"(?m)^{line}.*$", edited, text)
+            assert edits == 1, line
         (folder / "job.sbatch").write_text(text)
-        command = ["sbatch", "--parsable", f"--output={self.log}", *options, folder / "job.sbatch"]
-        self.id = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        (folder / "held.py").write_text(HELD.format(root=str(ROOT), folder=str(folder), step=hold))
+        script = f"--export=ALL,SCRIPT={folder / 'held.py'}"
+        where = (f"--chdir={ROOT}", f"--output={folder / 'job.log'}", "--exclusive", script)
+        self.id = say("sbatch", "--parsable", *where, *options, folder / "job.sbatch").strip().split(";")[0]
 
-    def says(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+    def shows(self, key: str) -> str:
+        return re.search(rf"\b{key}=(\S+)", say("scontrol", "show", "job", self.id))[1]
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 400) -> None:
-        until = time.monotonic() + seconds
+    def wait(self, condition: Callable[[], bool], seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < until, self.says()[-3000:] + ask("scontrol", "show", "job", self.id)
-            time.sleep(0.2)
+            assert time.monotonic() < deadline, f"{say('scontrol', 'show', 'job', self.id)}\n{self.log()}"
+            time.sleep(0.5)
 
-    def wait_for_checkpoint(self) -> None:
-        self.wait(lambda: any((self.output / "checkpoints").glob("step_*")))
+    def wait_until_held(self) -> None:
+        self.wait(lambda: len(list(self.folder.glob("held?"))) == 2)
 
-    def state(self) -> str:
-        return re.search(r"JobState=(\w+)", ask("scontrol", "show", "job", self.id))[1]
+    def end(self) -> str:
+        """The state it ends in, without the two minutes that Slurm keeps a job which is queued again waiting."""
 
-    def wait_for_the_end(self, said: str) -> None:
-        self.wait(lambda: self.says().endswith(said))
-        self.wait(lambda: self.state() not in ("RUNNING", "COMPLETING"))
+        def ended() -> bool:
+            state = self.shows("JobState")
+            if state == "PENDING":
+                say("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
+            return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        return model_state(self.output / "checkpoints" / "step_400")
+        self.wait(ended)
+        return self.shows("JobState")
 
+    def log(self) -> str:
+        path = self.folder / "job.log"
+        return path.read_text() if path.exists() else ""
 
-@pytest.fixture
-def submit(tmp_path_factory, volumes):
-    jobs = []
+    def words(self) -> list[str]:
+        return re.findall(r"(?m)^slurm\.sbatch: (.*)$", self.log())
 
-    def start(*options: str) -> Job:
-        jobs.append(Job(tmp_path_factory.mktemp("job"), volumes, *options))
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        ask("scancel", job.id)
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.output / "checkpoints").glob("step_*"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, volumes) -> dict[str, torch.Tensor]:
-    job = Job(tmp_path_factory.mktemp("undisturbed"), volumes)
-    job.wait_for_the_end("slurm.sbatch: finished\n")
-    assert job.state() == "COMPLETED"
-    return job.weights()
+def submit(tmp_path_factory, volumes):
+    jobs = []
+
+    def submit(**how) -> Job:
+        jobs.append(Job(tmp_path_factory.mktemp("job"), volumes, **how))
+        return jobs[-1]
+
+    yield submit
+    for job in jobs:
+        say("scancel", job.id, check=False)
 
 
-def assert_same(job: Job, undisturbed: dict[str, torch.Tensor]) -> None:
-    assert "resume      " in job.says()
-    weights = job.weights()
-    assert weights.keys() == undisturbed.keys()
-    assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
-
-
-def test_queued_again_by_itself_when_told_to(submit, undisturbed):
-    """As it is some time before the time limit."""
+@pytest.fixture(scope="module")
+def undisturbed(submit) -> Job:
     job = submit()
-    job.wait_for_checkpoint()
-    ask("scancel", "--batch", "--signal=USR1", job.id)
-    job.wait_for_the_end("slurm.sbatch: finished\n")
-    assert "slurm.sbatch: USR1; queued again, to go on from" in job.says()
-    assert_same(job, undisturbed)
+    assert job.end() == "COMPLETED", job.log()
+    return job
 
 
-def test_queued_again_by_slurm(submit, undisturbed):
-    job = submit()
-    job.wait_for_checkpoint()
-    ask("scontrol", "requeue", job.id)
-    job.wait_for_the_end("slurm.sbatch: finished\n")
-    assert "cancelled" not in job.says()
-    assert_same(job, undisturbed)
+def assert_same_run(job: Job, undisturbed: Job) -> None:
+    """To the last bit: every loss, and all that the last checkpoint holds."""
+    times = ("seconds", "volumes_per_second", "data_wait", "tflops")
+    ours, expected = (
+        [{k: v for k, v in record.items() if k not in times} for record in read_metrics(each.output / "metrics.jsonl")]
+        for each in (job, undisturbed)
+    )
+    assert ours == expected
+    ours, expected = (whole_state(each.output / "checkpoints" / f"step_{STEPS}") for each in (job, undisturbed))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
-@pytest.mark.skipif(not HIGH, reason="SLURM_TEST_HIGH names no partition that preempts")
-@pytest.mark.parametrize("early", [True, False])
-def test_preempted(submit, undisturbed, early):
-    """Before its first checkpoint, and after."""
-    job = submit()
-    if early:
-        job.wait(lambda: job.state() == "RUNNING")
-    else:
-        job.wait_for_checkpoint()
-    subprocess.run(["srun", "-p", HIGH, "-N", "2", "--exclusive", "sleep", "5"], check=True, timeout=300)
-    job.wait_for_the_end("slurm.sbatch: finished\n")
-    assert "cancelled" not in job.says()
-    if early:
-        assert job.weights().keys() == undisturbed.keys()
-    else:
-        assert_same(job, undisturbed)
+def test_a_run_finishes(undisturbed):
+    assert undisturbed.words() == ["finished"]
+    assert undisturbed.shows("Restarts") == "0"
+    assert undisturbed.checkpoints()[-1] == STEPS
 
 
-def test_cancelled_is_cancelled(submit):
-    job = submit()
-    job.wait_for_checkpoint()
-    ask("scancel", job.id)
-    job.wait_for_the_end("slurm.sbatch: cancelled; sbatch again to go on\n")
-    assert job.state() == "CANCELLED"
+# ------------------------------------------------------------------ what stops a job
 
 
-def test_a_time_limit_below_the_signal_s_lead_ends_with_the_remedy(submit):
-    job = submit("--time=00:02:00")
-    job.wait_for_the_end("then sbatch again\n")
-    assert "no new checkpoint: not queued again" in job.says()
-    assert "raise --time" in job.says()
-    assert job.state() == "FAILED"
+def time_limit(job: Job) -> None:
+    """Comes by itself."""
+
+
+def ask(job: Job) -> None:
+    say("scancel", "--batch", "--signal=USR1", job.id)
+
+
+def requeue(job: Job) -> None:
+    say("scontrol", "requeue", job.id)
+
+
+def lose_a_node(job: Job) -> None:
+    nodes = say("scontrol", "show", "hostnames", job.shows("NodeList")).split()
+    node = next(node for node in nodes if node != job.shows("BatchHost"))
+    try:
+        say("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test_slurm")
+    except AssertionError as refused:
+        pytest.skip(f"takes an operator of Slurm: {refused}")
+    job.wait(lambda: job.shows("Restarts") == "1")
+    say("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may have come back by itself
+
+
+def preempt(job: Job) -> None:
+    tiers = dict(line.split() for line in say("sinfo", "-ho", "%R %p").splitlines())
+    higher = [name for name, tier in tiers.items() if int(tier) > int(tiers[job.shows("Partition")])]
+    if "preempt/partition_prio" not in say("scontrol", "show", "config") or not higher:
+        pytest.skip("no partition that preempts")
+    nodes = ("--nodes=2", "--exclusive", f"--nodelist={job.shows('NodeList')}", "--time=1", "--output=/dev/null")
+    say("sbatch", f"--partition={higher[0]}", *nodes, "--wrap=true")
+
+
+PREEMPTED = r"(preempted; queued again|stopped; Slurm has queued it again)"  # with a grace time, or none
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (time_limit, "USR1; queued again"),
+        (ask, "USR1; queued again"),
+        (requeue, "stopped; Slurm has queued it again"),
+        (lose_a_node, "stopped; Slurm has queued it again"),
+        (preempt, PREEMPTED),
+    ],
+)
+def test_a_stopped_run_goes_on_and_ends_as_if_nothing_had_been(event, words, submit, undisturbed):
+    limit = ("--time=3", "--signal=B:USR1@30")  # Slurm gives the signal up to a minute earlier
+    job = submit(hold=3, **({"options": limit} if event is time_limit else {}))
+    job.wait_until_held()
+    event(job)
+    assert job.end() == "COMPLETED", job.log()
+    stopped, finished = job.words()
+    assert re.fullmatch(rf"{words}, to go on from \S+/step_4", stopped)
+    assert finished == "finished"
+    assert re.search(r"resume +\S+/step_4\n", job.log())
+    assert job.shows("Restarts") == "1"
+    assert_same_run(job, undisturbed)
+
+
+def test_preempted_before_the_first_checkpoint(submit, undisturbed):
+    job = submit(hold=0)
+    job.wait_until_held()
+    preempt(job)
+    assert job.end() == "COMPLETED", job.log()
+    stopped, finished = job.words()
+    assert re.fullmatch(rf"{PREEMPTED}, to go on from the start", stopped)
+    assert finished == "finished"
+    assert_same_run(job, undisturbed)
+
+
+def test_cancelled(submit):
+    job = submit(hold=3)
+    job.wait_until_held()
+    say("scancel", job.id)
+    assert job.end() == "CANCELLED", job.log()
+    assert job.words() == ["cancelled; sbatch again to go on"]
+    assert job.shows("Restarts") == "0"
+    assert job.checkpoints()[-1] == 4
+
+
+def test_a_time_limit_below_the_time_to_save(submit):
+    job = submit(hold=0, options=("--time=2",))
+    assert job.end() == "FAILED", job.log()
+    (words,) = job.words()
+    assert words.startswith("USR1 and no new checkpoint: not queued again; raise --time")
+    assert job.shows("Restarts") == "0"

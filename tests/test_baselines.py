@@ -1,4 +1,4 @@
-"""What scores without having learned anything, against slow and obvious code."""
+"""What a reconstruction scores without having learned, against slow code that says the same."""
 
 import itertools
 import math
@@ -6,77 +6,148 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
-from torch.nn import functional as F
+from scipy.optimize import minimize_scalar
 
-from losses.baselines import reconstruction_baselines
-
-BLOCK = (4, 2, 3)
-GRID = (3, 4, 2)
-SIZE = tuple(n * b for n, b in zip(GRID, BLOCK))
+from losses.baselines import REACH, best_constant, reconstruction_baselines
 
 
-def crops(seed, count=3, channels=2):
-    """Views, another target, and masks that hide most blocks."""
-    rng = np.random.default_rng(seed)
-    views, target = rng.normal(1.0, 2.0, size=(2, count, channels, *SIZE))
-    mask = rng.random((count, *GRID)) < 0.7
-    mask[:, 0, 0, 0], mask[:, -1, -1, -1] = False, True
-    return views, target, mask
+def huber(error):
+    error = abs(error)
+    return 0.5 * error**2 if error < 1 else error - 0.5
 
 
-def huber(difference):
-    size = np.abs(difference)
-    return np.where(size < 1, size**2 / 2, size - 0.5)
+def voxels(shape):
+    return itertools.product(*map(range, shape))
 
 
-def whole(mask):
-    for axis, block in enumerate(BLOCK):
-        mask = mask.repeat(block, axis=axis)
-    return mask
+def slow_baselines(views, target, mask):
+    """Everything by loops over voxels and blocks."""
+    crops, channels, *size = views.shape
+    grid = mask.shape[1:]
+    block = [n // g for n, g in zip(size, grid)]
+    fillings = {name: [] for name in ("visible_mean", "interpolation")}
+    hidden = []
+    for v, c in voxels((crops, channels)):
+        seen = [b for b in voxels(grid) if not mask[(v, *b)]]
+        means = {}
+        for b in seen:
+            inside = [tuple(b[a] * block[a] + i[a] for a in range(3)) for i in voxels(block)]
+            means[b] = sum(views[(v, c, *i)] for i in inside) / len(inside)
+        smooth = {}
+        for b in voxels(grid):
+            weights = [math.exp(-0.5 * sum((p - q) ** 2 for p, q in zip(b, other)) / REACH**2) for other in seen]
+            smooth[b] = sum(w * means[other] for w, other in zip(weights, seen)) / sum(weights)
+        for i in voxels(size):
+            if not mask[(v, *(a // n for a, n in zip(i, block)))]:
+                continue
+            hidden.append(float(target[(v, c, *i)]))
+            fillings["visible_mean"].append(sum(means.values()) / len(means))
+            places = [min(max((a + 0.5) / n - 0.5, 0), g - 1) for a, n, g in zip(i, block, grid)]
+            value = 0.0
+            for corner in voxels((2, 2, 2)):
+                weight, b = 1.0, []
+                for place, high, g in zip(places, corner, grid):
+                    share = place - math.floor(place)
+                    weight *= share if high else 1 - share
+                    b.append(min(math.floor(place) + high, g - 1))
+                value += weight * smooth[tuple(b)]
+            fillings["interpolation"].append(value)
+    scores = {
+        name: sum(huber(f - t) for f, t in zip(filled, hidden)) / len(hidden) for name, filled in fillings.items()
+    }
+
+    def of_constant(number):
+        return sum(huber(number - t) for t in hidden) / len(hidden)
+
+    best = minimize_scalar(of_constant, bounds=(min(hidden), max(hidden)), method="bounded", options={"xatol": 1e-9})
+    return scores | {"constant": best.fun}
 
 
-def interpolated(crop, mask):
-    """One channel `[X, Y, Z]`: block by block, then by torch's own upsampling."""
-    means = crop.reshape(GRID[0], BLOCK[0], GRID[1], BLOCK[1], GRID[2], BLOCK[2]).mean((1, 3, 5))
-    smooth = np.zeros(GRID)
-    for place in itertools.product(*map(range, GRID)):
-        total = weight = 0.0
-        for other in itertools.product(*map(range, GRID)):
-            if not mask[other]:
-                near = math.exp(-(math.dist(place, other) ** 2) / 2)
-                total, weight = total + near * means[other], weight + near
-        smooth[place] = total / weight
-    grid = torch.from_numpy(smooth)[None, None]
-    return F.interpolate(grid, size=SIZE, mode="trilinear", align_corners=False)[0, 0].numpy()
+def random_mask(rng, crops, grid, ratio=0.6):
+    mask = np.zeros((crops, math.prod(grid)), bool)
+    for row in mask:
+        row[rng.permutation(len(row))[: int(ratio * len(row))]] = True
+    return torch.from_numpy(mask.reshape(crops, *grid))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_baselines_are_their_words(seed):
-    views, target, mask = crops(seed)
-    found = reconstruction_baselines(*map(torch.from_numpy, (views, target, mask)))
-    hidden = np.stack([np.broadcast_to(whole(m), target.shape[1:]) for m in mask])
-    visible_mean, interpolation = np.zeros_like(target), np.zeros_like(target)
-    for i, c in itertools.product(range(len(views)), range(views.shape[1])):
-        visible_mean[i, c] = views[i, c][~whole(mask[i])].mean()
-        interpolation[i, c] = interpolated(views[i, c], mask[i])
-    best = optimize.minimize_scalar(lambda constant: huber(target[hidden] - constant).mean()).fun
-    assert found["constant"].item() == pytest.approx(best, rel=1e-4)
-    assert found["visible_mean"].item() == pytest.approx(huber(target - visible_mean)[hidden].mean(), rel=1e-4)
-    assert found["interpolation"].item() == pytest.approx(huber(target - interpolation)[hidden].mean(), rel=1e-4)
+CASES = [  # crops, channels, blocks, voxels of a block
+    (2, 1, (3, 3, 3), (2, 2, 2)),
+    (1, 2, (2, 3, 4), (3, 2, 1)),
+    (3, 1, (4, 1, 2), (1, 5, 3)),
+    (1, 1, (2, 2, 3), (4, 1, 2)),
+]
 
 
-def test_what_is_hidden_is_not_seen():
-    views, target, mask = crops(2)
-    changed = np.where(np.stack([whole(m) for m in mask])[:, None], 100.0, views)
-    first, second = (reconstruction_baselines(*map(torch.from_numpy, (v, target, mask))) for v in (views, changed))
-    assert first == second
+@pytest.mark.parametrize(("crops", "channels", "grid", "block"), CASES)
+def test_they_are_what_loops_over_voxels_say(crops, channels, grid, block):
+    rng = np.random.default_rng(0)
+    shape = (crops, channels, *(g * b for g, b in zip(grid, block)))
+    views = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+    target = views + torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+    mask = random_mask(rng, crops, grid)
+    found = reconstruction_baselines(views, target, mask)
+    expected = slow_baselines(views.numpy(), target.numpy(), mask.numpy())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, rel=1e-5), name
+        assert found[name].shape == ()
+        assert not found[name].requires_grad
 
 
-def test_a_ramp_is_interpolated_and_a_constant_rebuilt():
-    mask = torch.from_numpy(crops(3, count=2)[2])
-    flat = torch.full((2, 1, *SIZE), 0.7)
-    assert all(loss < 1e-10 for loss in reconstruction_baselines(flat, flat, mask).values())
-    ramp = torch.linspace(-2, 2, SIZE[0]).view(1, 1, -1, 1, 1).expand(2, 1, *SIZE).contiguous()
-    scores = reconstruction_baselines(ramp, ramp, mask)
-    assert scores["interpolation"] < scores["visible_mean"]
+def test_nothing_is_learned_from_what_is_hidden():
+    rng = np.random.default_rng(1)
+    views, mask = torch.from_numpy(rng.normal(size=(2, 1, 8, 8, 8))), random_mask(rng, 2, (4, 4, 4))
+    target = views.clone()
+    hidden = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+    before = reconstruction_baselines(views, target, mask)
+    after = reconstruction_baselines(torch.where(hidden, 100.0, views), target, mask)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_ramp_is_interpolated_better_than_by_any_one_number():
+    ramp = torch.linspace(-2, 2, 24).view(1, 1, 24, 1, 1).expand(2, 1, 24, 12, 18).contiguous()
+    found = reconstruction_baselines(ramp, ramp, random_mask(np.random.default_rng(2), 2, (8, 4, 6)))
+    assert found["interpolation"] < 0.3 * found["visible_mean"]
+    assert found["constant"] <= found["visible_mean"]
+
+
+def test_a_volume_of_one_value_is_filled_exactly():
+    views = torch.full((2, 1, 12, 8, 6), 1.7)
+    found = reconstruction_baselines(views, views, random_mask(np.random.default_rng(3), 2, (3, 4, 2)))
+    assert all(float(value) == pytest.approx(0, abs=1e-10) for value in found.values())
+
+
+def test_without_a_mask_all_voxels_count_as_in_the_loss():
+    views = torch.from_numpy(np.random.default_rng(4).normal(size=(2, 1, 4, 4, 4)).astype(np.float32))
+    nothing = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
+    found = reconstruction_baselines(views, views, nothing)
+    mean = views.mean((2, 3, 4), keepdim=True)
+    expected = torch.nn.functional.huber_loss(mean.expand_as(views), views)
+    assert float(found["visible_mean"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_crop_that_is_hidden_whole_is_filled_with_the_mean_of_a_volume():
+    views = torch.from_numpy(np.random.default_rng(5).normal(size=(1, 1, 4, 4, 4)).astype(np.float32))
+    found = reconstruction_baselines(views, views, torch.ones(1, 2, 2, 2, dtype=torch.bool))
+    for name in ("visible_mean", "interpolation"):
+        assert float(found[name]) == pytest.approx(
+            float(torch.nn.functional.huber_loss(torch.zeros_like(views), views)), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("values", [[-10.0, -10.0, 10.0], [0.0, 0.2, 50.0], [3.0]])
+def test_the_best_constant_is_not_beaten_by_any_other(values):
+    target = torch.tensor(values, dtype=torch.float64).view(1, 1, -1, 1, 1)
+    mask = torch.ones_like(target, dtype=torch.bool)
+    best = float(best_constant(target, mask))
+
+    def score(number):
+        return sum(huber(number - value) for value in values)
+
+    assert all(score(best) <= score(other) + 1e-9 for other in np.linspace(-12, 52, 500))
+
+
+def test_they_know_no_gradient_and_no_precision_but_float32():
+    views = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    found = reconstruction_baselines(views, views, random_mask(np.random.default_rng(6), 1, (2, 2, 2)))
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())

@@ -1,12 +1,19 @@
-"""The same on a GPU: the batch, the objective and the whole script."""
+"""The same on a GPU: the batch, the objective and the whole script; and on a CPU, that neither waits for one."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import GPUS, ROOT, TINY, config, launch
+from test_data import make_stream
+from test_models import batch, tiny_cva
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.nifti import find_volumes
+from data.prepared import prepare_volumes
+from data.stream import render, stack_views
 from training.metrics import read_metrics
 
 RESENC = "model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"
@@ -23,11 +30,9 @@ from data.prepared import prepare_volumes
 from data.nifti import find_volumes
 from data.stream import render, stack_views
 
-device = torch.device(sys.argv[3])
+device = torch.device("cuda")
 
 def without_waiting(compute):
-    if device.type == "cpu":
-        return compute()
     torch.cuda.set_sync_debug_mode("error")
     result = compute()
     torch.cuda.set_sync_debug_mode("default")
@@ -37,8 +42,7 @@ files, _ = prepare_volumes(find_volumes(Path(sys.argv[1])), Path(sys.argv[2]), "
 for interpolation in ("linear", "cubic"):
     stream = make_stream(files, 7, interpolation=interpolation)
     samples = stack_views([stream[i] for i in range(6)])
-    if device.type == "cuda":
-        samples = {k: [b.pin_memory() for b in v] if k == "block" else v.pin_memory() for k, v in samples.items()}
+    samples = {k: [b.pin_memory() for b in v] if k == "block" else v.pin_memory() for k, v in samples.items()}
     arguments = (stream.crop_size, interpolation, "clean")
     expected = render(samples, torch.device("cpu"), *arguments)
     found = without_waiting(lambda: render(samples, device, *arguments))
@@ -59,21 +63,47 @@ for architecture in ("primus", "resenc"):
 """
 
 
-def batch_and_objective(volumes, folder, device, gpus):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", BATCH_AND_OBJECTIVE, volumes, folder, device]
+@pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+def test_batch_and_objective_are_those_of_the_cpu_and_never_wait(volumes, tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", BATCH_AND_OBJECTIVE, volumes, tmp_path]
     subprocess.run(command, env=environment, cwd=ROOT, check=True)
 
 
-@pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
-def test_batch_and_objective_are_those_of_the_cpu_and_never_wait(volumes, tmp_path):
-    batch_and_objective(volumes, tmp_path, "cuda", "0")
+class NothingIsReadBack(TorchDispatchMode):
+    """Refuses what a GPU's host would wait for: a value that is read, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        by_mask = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put)
+        if by_mask:
+            waits = any(index is not None and index.dtype == torch.bool for index in arguments[1])
+        else:
+            waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
+        assert not waits, f"a GPU would be waited for: {function}"
+        return function(*arguments, **(named or {}))
 
 
-@pytest.mark.slow
-def test_the_script_for_the_gpu_runs(volumes, tmp_path):
-    """On the CPU, so that it does not rot where there is no GPU."""
-    batch_and_objective(volumes, tmp_path, "cpu", "")
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.nonzero, lambda x: x[x > 0], lambda x: x[x.argmax() :]])
+def test_reading_back_is_noticed(read):
+    with pytest.raises(AssertionError, match="would be waited for"), NothingIsReadBack():
+        read(torch.ones(1))
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+def test_a_batch_is_made_without_reading_back(volumes, tmp_path, interpolation):
+    files, _ = prepare_volumes(find_volumes(volumes), tmp_path, "RAS", (1.0, 1.0, 1.0), workers=1)
+    stream = make_stream(files, 7, interpolation=interpolation)
+    samples = stack_views([stream[i] for i in range(6)])
+    with NothingIsReadBack():
+        render(samples, torch.device("cpu"), stream.crop_size, interpolation, "clean")
+
+
+@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("consistency", ["cosine", "c_cva", "gram"])
+def test_the_objective_is_computed_without_reading_back(architecture, consistency):
+    model, data = tiny_cva(architecture, consistency=consistency), batch()
+    with NothingIsReadBack():
+        model(**data)["loss"].backward()
 
 
 @pytest.mark.skipif(GPUS == 0, reason="needs a GPU")

@@ -1,5 +1,6 @@
 """train_cva.py as a user runs it: the command line, real processes, real kills."""
 
+import functools
 import shutil
 import signal
 import subprocess
@@ -29,9 +30,9 @@ from training.metrics import read_metrics
 from training.recipe import load_recipe
 from training.run_folder import choose_folder
 
-pytestmark = pytest.mark.slow  # each test is a run of the script
-
 DEMO = ROOT / "recipes" / "demo.yaml"
+RANKS = {"zero2": 2, "ddp": 1}
+BOTH = [pytest.param("zero2", marks=pytest.mark.slow), "ddp"]
 
 
 def recipe_of(*overrides, path=DEMO):
@@ -48,66 +49,69 @@ def losses(output):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, volumes):
-    """Uninterrupted runs: ZeRO-2 on two ranks and plain on one."""
+def run_of(tmp_path_factory, volumes):
+    """Uninterrupted runs, each made when it is first asked for: ZeRO-2 on two ranks and plain on one."""
     folder = tmp_path_factory.mktemp("runs")
-    launch("--config", config("zero2"), "--data", volumes, "--output", folder / "zero2", *TINY, ranks=2)
-    launch("--config", config("ddp"), "--data", volumes, "--output", folder / "ddp", *TINY)
-    return folder
+
+    @functools.cache
+    def make(name):
+        launch("--config", config(name), "--data", volumes, "--output", folder / name, *TINY, ranks=RANKS[name])
+        return folder / name
+
+    return make
 
 
-def test_what_a_run_leaves_behind(runs):
-    for name in ("zero2", "ddp"):
-        output = runs / name
-        assert recipe_of(path=output / "recipe.yaml") == recipe_of(*TINY)
-        records = read_metrics(output / "metrics.jsonl")
-        assert [r["step"] for r in records] == [1, 2, 3, 4]
-        wanted = {
-            "loss",
-            "reconstruction",
-            "consistency",
-            "contrastive",
-            "seconds",
-            "contrastive_accuracy",
-            "data_wait",
-        }
-        assert wanted | {"feature_std", "feature_variance", "learning_rate", "grad_norm"} <= records[0].keys()
-        assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_2", "step_4"]
-        assert {p.name for p in (output / "report").iterdir()} == {
-            "losses.png",
-            "reconstruction.png",
-            "views.png",
-            "features_step_2.png",
-            "features_step_4.png",
-        }
-        assert list((output / "logs").rglob("events.out.tfevents*"))
-        assert {"config.json", "model.safetensors", "README.md", "modeling_primus.py"} <= {
-            p.name for p in (output / "encoder").iterdir()
-        }
+@pytest.mark.parametrize("name", BOTH)
+def test_what_a_run_leaves_behind(run_of, name):
+    output = run_of(name)
+    assert recipe_of(path=output / "recipe.yaml") == recipe_of(*TINY)
+    records = read_metrics(output / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    wanted = {
+        "loss",
+        "reconstruction",
+        "consistency",
+        "contrastive",
+        "seconds",
+        "contrastive_accuracy",
+        "data_wait",
+    }
+    assert wanted | {"feature_std", "feature_variance", "learning_rate", "grad_norm"} <= records[0].keys()
+    assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step_2", "step_4"]
+    assert {p.name for p in (output / "report").iterdir()} == {
+        "losses.png",
+        "reconstruction.png",
+        "views.png",
+        "features_step_2.png",
+        "features_step_4.png",
+    }
+    assert list((output / "logs").rglob("events.out.tfevents*"))
+    assert {"config.json", "model.safetensors", "README.md", "modeling_primus.py"} <= {
+        p.name for p in (output / "encoder").iterdir()
+    }
 
 
-@pytest.mark.parametrize(("name", "ranks", "run"), [("zero2", 2, []), ("ddp", 1, ["run.gradient_checkpointing=true"])])
-def test_two_and_two_steps_equal_four(runs, volumes, tmp_path, name, ranks, run):
+@pytest.mark.parametrize("name", BOTH)
+def test_two_and_two_steps_equal_four(run_of, volumes, tmp_path, name):
     """Also where the second half saves memory."""
-    output = tmp_path / "run"
-    shutil.copytree(runs / name, output)
+    output, run = tmp_path / "run", {"zero2": [], "ddp": ["run.gradient_checkpointing=true"]}[name]
+    shutil.copytree(run_of(name), output)
     shutil.rmtree(output / "encoder")
     if name == "zero2":
         (output / "checkpoints" / "step_4").rename(output / "checkpoints" / "tmp-step_4")  # as a kill would leave it
     else:
         state = output / "checkpoints" / "step_4" / "state_0.safetensors"
         state.write_bytes(state.read_bytes()[:-100])
-    done = launch(
-        "--config", config(name), "--data", volumes, "--output", output, "--resume", "auto", *TINY, *run, ranks=ranks
-    )
+    arguments = ["--config", config(name), "--data", volumes, "--output", output, "--resume", "auto", *TINY, *run]
+    done = launch(*arguments, ranks=RANKS[name])
     assert "no longer bit-identical" not in done.stdout
     said = "tmp-step_4 is incomplete and is ignored" if name == "zero2" else (
         "step_4 is damaged (state_0.safetensors not as written): kept as"
     )  # fmt: skip
     assert said in done.stderr
     assert f"resume      {output / 'checkpoints' / 'step_2'}" in done.stdout
-    assert losses(output) == losses(runs / name)
-    resumed, whole = (whole_state(folder / "checkpoints" / "step_4") for folder in (output, runs / name))
+    assert losses(output) == losses(run_of(name))
+    resumed, whole = (whole_state(folder / "checkpoints" / "step_4") for folder in (output, run_of(name)))
     assert resumed.keys() == whole.keys()
     for key in whole:
         assert torch.equal(resumed[key], whole[key]), key
@@ -116,7 +120,8 @@ def test_two_and_two_steps_equal_four(runs, volumes, tmp_path, name, ranks, run)
     assert not torch.equal(whole[student], whole[student.replace("student", "teacher")])
 
 
-def test_a_killed_run_goes_on(runs, volumes, tmp_path):
+@pytest.mark.slow
+def test_a_killed_run_goes_on(run_of, volumes, tmp_path):
     output = tmp_path / "run"
     arguments = ["--config", config("ddp"), "--data", volumes, "--output", output, *TINY]
     process = subprocess.Popen([sys.executable, ROOT / "train_cva.py", *map(str, arguments)], stderr=subprocess.DEVNULL)
@@ -127,17 +132,18 @@ def test_a_killed_run_goes_on(runs, volumes, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (output / "checkpoints" / "step_4").exists()
     launch(*arguments, "--resume", "auto")
-    assert losses(output) == losses(runs / "ddp")
-    resumed, whole = (model_state(folder / "checkpoints" / "step_4") for folder in (output, runs / "ddp"))
+    assert losses(output) == losses(run_of("ddp"))
+    resumed, whole = (model_state(folder / "checkpoints" / "step_4") for folder in (output, run_of("ddp")))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("ddp", 1)])
-def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name, ranks):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name):
     """One plain SGD step moves the weights by exactly learning rate x clip norm."""
     numbers = [*TINY, "train.steps=1", "train.warmup_steps=0", "train.clip_norm=3.0"]
     numbers += ["optimizer={name: sgd, learning_rate: 0.01, weight_decay: 0.0, momentum: 0.0}"]
-    launch("--config", config(name), "--data", volumes, "--output", tmp_path / "run", *numbers, ranks=ranks)
+    launch("--config", config(name), "--data", volumes, "--output", tmp_path / "run", *numbers, ranks=RANKS[name])
     before = train_cva.build_model(recipe_of(*numbers)).state_dict()
     after = model_state(tmp_path / "run" / "checkpoints" / "step_1")
     moves = (after[k] - before[k].flatten() for k in before if not k.startswith("teacher."))
@@ -146,6 +152,7 @@ def test_the_clip_norm_of_the_recipe_is_applied(volumes, tmp_path, name, ranks):
     assert moved.item() == pytest.approx(0.01 * 3.0, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resenc_trains_in_bf16(volumes, tmp_path):
     numbers = ["model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"]
     numbers += [n for n in TINY if not n.startswith("model.")] + [
@@ -188,6 +195,7 @@ def test_a_mistake_is_one_line_at_the_command_line(tmp_path):
     assert done.stderr == "train_cva.py: train.stepz: no such key in a recipe; did you mean train.steps?\n"
 
 
+@pytest.mark.slow
 def test_deepspeed_that_did_not_start_is_said(tmp_path):
     done = launch("--config", config("zero2"), *TINY, cwd=tmp_path, check=False,
                   launcher=[BIN / "accelerate", "launch", "--cpu"])  # fmt: skip
@@ -195,14 +203,15 @@ def test_deepspeed_that_did_not_start_is_said(tmp_path):
     assert "zero2.json asks for DeepSpeed but Accelerate started" in done.stderr
 
 
-def test_an_output_folder_is_never_mixed(runs, volumes):
-    before = (runs / "ddp" / "metrics.jsonl").read_bytes()
-    common = ["--config", config("ddp"), "--data", volumes, "--output", runs / "ddp", *TINY]
+def test_an_output_folder_is_never_mixed(run_of, volumes):
+    output = run_of("ddp")
+    before = (output / "metrics.jsonl").read_bytes()
+    common = ["--config", config("ddp"), "--data", volumes, "--output", output, *TINY]
     with pytest.raises(ValueError, match="add --resume auto to go on"):
         run_here(*common)
     with pytest.raises(ValueError, match=r"belongs to another recipe \(seed is 0 there and 1 here\)"):
         run_here(*common, "--resume", "auto", "seed=1")
-    assert (runs / "ddp" / "metrics.jsonl").read_bytes() == before
+    assert (output / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path):
@@ -226,17 +235,19 @@ def test_a_machine_without_git(monkeypatch):
     assert facts.current_commit() is None
 
 
-def test_other_data_cannot_resume(runs, volumes, tmp_path):
+@pytest.mark.slow
+def test_other_data_cannot_resume(run_of, volumes, tmp_path):
     shutil.copytree(volumes, tmp_path / "data")
     save_nifti(tmp_path / "data" / "a.nii", blobs(9, (41, 44, 36)))  # same name, other volume
     output = tmp_path / "run"
-    shutil.copytree(runs / "zero2", output)
+    shutil.copytree(run_of("zero2"), output)
     common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]
     done = launch(*common, "--data", tmp_path / "data", ranks=2, check=False)
     assert "are not those that" in done.stderr
-    assert losses(output) == losses(runs / "zero2")
+    assert losses(output) == losses(run_of("zero2"))
 
 
+@pytest.mark.slow
 def test_bad_files_are_named_counted_and_left_out(tmp_path, volumes):
     shutil.copytree(volumes, tmp_path / "data")
     save_nifti(tmp_path / "data" / "series.nii.gz", blobs(0)[..., None].repeat(2, axis=-1))
@@ -252,6 +263,7 @@ def test_bad_files_are_named_counted_and_left_out(tmp_path, volumes):
     assert "1 are smaller than the crop and are padded with 0, such as small" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_said_before_the_first_step(tmp_path, volumes):
     code = (
         "import shutil, sys, collections; sys.argv[0] = 'train_cva.py'; import train_cva;"

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from torch._dynamo.utils import counters
 
 import training.run
 from benchmarks.cpu_ranks import offer_fsdp
@@ -63,7 +64,8 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for number, planned in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        counters.clear()
         code = run(**planned)
         if os.environ["RANK"] == "0":
-            print(f"run {number} exit {code}", flush=True)
+            print(f"run {number} exit {code}, {counters['stats']['unique_graphs']} graphs compiled", flush=True)
     os._exit(0)  # as the scripts do

@@ -142,3 +142,12 @@ def assert_same_features_in_a_clean_process(folder, model_class, module, crop_si
         expected = encoder(torch.from_numpy(crop)).last_hidden_state.numpy()
     torch.set_num_threads(threads)
     assert np.array_equal(np.load(tmp_path / "features.npy"), expected)
+
+
+@pytest.fixture
+def machines(tmp_path):
+    from machines import Machines  # which imports this file
+
+    machines = Machines(tmp_path)
+    yield machines
+    machines.kill()

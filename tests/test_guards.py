@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from conftest import ROOT, TINY, config, launch
 
 from training.checkpoints import complete_checkpoints
-from training.guards import STOPPED, Guard, poison, skip_if_not_finite
+from training.guards import SIGNALS, STOPPED, Guard, poison, skip_if_not_finite
 from training.metrics import read_metrics
 from training.run_folder import RunFolder
 from training.state import pieces
@@ -148,6 +148,30 @@ def test_minutes_are_not_those_of_a_clock_that_can_be_set(monkeypatch):
     watched.saved()
     watched.end_step(3, 1.0)
     assert not watched.settle().save
+
+
+WAITS = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from training.guards import end_at_once_if_asked
+end_at_once_if_asked()
+store = TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timedelta(seconds=60))
+print("waiting", flush=True)
+store.get("what a rank that is gone would have set")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_the_first_step_a_signal_ends_a_rank_that_waits_for_one_that_is_gone(number):
+    """Python runs no handler while its main thread is in C++."""
+    rank = subprocess.Popen([sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE, stderr=-1)
+    try:
+        assert rank.stdout.readline() == b"waiting\n"
+        time.sleep(1)
+        rank.send_signal(number)
+        assert rank.wait(timeout=20) == STOPPED
+    finally:
+        rank.kill()
 
 
 # ------------------------------------------------------------------ whole runs

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -147,9 +148,26 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor
 
 
 def end_at_once_if_asked() -> None:
-    """Until a `Guard` watches: there is nothing to save yet."""
+    """Until a `Guard` watches: there is nothing to save yet.
+
+    A thread ends the process: the main one may wait, in C++, for a rank that is gone, and Python runs no handler then.
+    """
+
+    def end(*_) -> None:
+        os._exit(STOPPED)
+
+    def watch() -> None:
+        while True:
+            if signal.getsignal(os.read(reader, 1)[0]) is end:
+                end()
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in SIGNALS:
-        signal.signal(number, lambda *_: os._exit(STOPPED))
+        signal.signal(number, end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what ends a loader must not end this process
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ignore_signals() -> None:

@@ -31,8 +31,8 @@ def run_with(output, volumes, fails_at, *numbers) -> tuple[list[int], str, str |
 
     def wait_for_it(run, recipe, step):  # so that none is left out because the one before is not done
         train_cva.write_results(run, recipe, step)
-        if run.export:
-            run.export.exception()
+        if pending := run.background.pending:
+            pending.exception()
 
     training.export.write_run = write_or_fail
     said, error = io.StringIO(), None

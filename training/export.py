@@ -74,7 +74,7 @@ def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dic
         batch: of `run.held_out()`, as the model was called with it.
         outputs: of `run.look(batch)`.
     """
-    if not run.exports:
+    if not run.export_is_due:
         return
     weights = run.accelerator.get_state_dict(run.wrapped)
     if not run.is_main:
@@ -92,7 +92,7 @@ def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dic
         except Exception as error:  # no picture is worth a run
             warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
 
-    run.in_background(write)
+    run.background.start(write)
 
 
 def write_run(

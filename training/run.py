@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
 
+from .background import Background
 from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
 from .estimate import StepCost
 from .facts import Method, RunFacts, what_rounds_otherwise
@@ -155,9 +155,8 @@ class Run:
         self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks)
         self.metrics.load(own)
         self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background)
-        self.exporter, self.checkpoints = ThreadPoolExecutor(1), 0  # of files that others read
-        self.export: Future | None = None
-        self.exports = False  # whether results are due; set for each call of `Results`
+        self.background, self.checkpoints = Background(self.print), 0
+        self.export_is_due = False  # for the call of `Results` that comes
         limits = recipe.run.max_skipped, recipe.run.checkpoint_minutes
         self.guard = Guard(accelerator, skipped, *limits, last_good=lambda: self.writer.newest)
         self.end_heartbeat = start_heartbeat()
@@ -219,7 +218,7 @@ class Run:
             self._stop(step.done)
         if not last:
             self.checkpoints += 1
-            self.exports = self.checkpoints % self.recipe.run.export_every == 0
+            self.export_is_due = self.checkpoints % self.recipe.run.export_every == 0
             results(step.done)
         self.metrics.leave_out(time.perf_counter() - started)
 
@@ -228,10 +227,10 @@ class Run:
         del self.loader
         self.metrics.bar.close()
         self.writer.wait()
-        self._wait_for_export()
-        self.exports = True
+        self.background.wait()
+        self.export_is_due = True
         results(self.recipe.train.steps)
-        if error := self._wait_for_export():
+        if error := self.background.wait():
             raise error
         self.end_heartbeat()
         self._say_what_came_of_it()
@@ -263,22 +262,6 @@ class Run:
         if self.is_main:
             with open(self.folder.held_out, "a") as file:
                 file.write(json.dumps({"step": step, **dict(zip(values, mean))}) + "\n")
-
-    def in_background(self, write: Callable[[], None]) -> None:
-        """Let a thread write while training goes on; one that is still at it is not waited for."""
-        if self.export and not self.export.done():
-            self.print("export      left out: the one before is still being written; raise run.export_every")
-            return
-        self._wait_for_export()
-        self.export = self.exporter.submit(write)
-
-    def _wait_for_export(self) -> Exception | None:
-        """What went wrong with the last one, which ends no run that has more to do."""
-        export, self.export = self.export, None
-        error = export.exception() if export else None
-        if error:
-            self.print(f"export      failed: {error}; training goes on", file=sys.stderr)
-        return error
 
     # ----------------------------------------------------------------------- stopping and going on
 
@@ -323,7 +306,7 @@ class Run:
 
     def _stop(self, step: int) -> None:
         self.writer.wait()
-        self._wait_for_export()
+        self.background.wait()
         del self.loader  # its processes end when it does
         self.end_heartbeat()
         self.print(f"stopped     at step {step} as asked; go on from there with --resume auto")

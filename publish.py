@@ -90,7 +90,7 @@ def read_source(source: Path, network: str | None) -> tuple[PreTrainedModel, dic
     if not {"orientation", "spacing", "crop_size"} <= (encoder.config.preprocessing or {}).keys():
         raise ValueError(f"{folder}: its config.json does not say how volumes are prepared; add `preprocessing` to it")
     facts = read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
-    if "weights" in facts:
+    if {"weights", "init_from"} & facts.keys():
         raise ValueError(f"{folder / FACTS} is of an earlier version of this project: publish it with that version")
     names = architecture(encoder.config.model_type).nnunet
     has_decoder = names is not None and names.decoder is not None

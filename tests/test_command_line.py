@@ -5,7 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, config, launch
+from conftest import ROOT, TINY, blobs, config, launch, save_nifti
+
+import train_cva
+from training.launch import parse_arguments, read_launch
+from training.recipe import load_recipe
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 
@@ -18,6 +22,23 @@ def test_threads_sleep_while_they_wait_unless_the_user_has_said_otherwise(script
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | ({"OMP_WAIT_POLICY": policy} if policy else {})
     asked = subprocess.run([sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True)
     assert f"OMP_WAIT_POLICY = '{policy or 'PASSIVE'}'" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [
+        ([], "the MNI152 T1 template that nilearn ships"),
+        (["--data-description", "mine"], "mine"),
+        (["--data", "."], None),
+        (["--data", ".", "--data-description", "ours"], "ours"),
+    ],
+)
+def test_data_are_described_as_they_were(given, described, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.launch.end_at_once_if_asked", lambda: None)  # pytest has signals of its own
+    save_nifti(tmp_path / "a.nii", blobs(0))
+    recipe = load_recipe(train_cva.DEMO, TINY, train_cva.CVARecipe)
+    assert read_launch(parse_arguments("", given), recipe).data_description == described
 
 
 def test_a_network_that_gloo_does_not_find_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -75,14 +75,15 @@ def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpoint
     numbers += [f"train.precision={precision}", f"run.gradient_checkpointing={checkpointing}"]
     recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe).train()
-    cost = step_cost(model, batch_of(recipe), 4)
-    data = batch_of(recipe, 4)
+    volumes = 8  # beside which the scratch of oneDNN's kernels, 5 MB and more, is small
+    cost = step_cost(model, batch_of(recipe), volumes)
+    data = batch_of(recipe, volumes)
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**{key: value.clone() for key, value in data.items()})["loss"].backward()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     measured = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max().item()
-    assert max(done + rest for done, rest in cost.timeline) == pytest.approx(measured, rel=0.12)  # kernels have scratch
+    assert max(done + rest for done, rest in cost.timeline) == pytest.approx(measured, rel=0.1)
     complete = sum(4 * p.numel() for p in model.parameters() if p.grad is not None)
     assert cost.timeline[-1][0] == complete  # gradients are told apart from the rest
 

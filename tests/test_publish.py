@@ -260,9 +260,10 @@ def test_what_is_not_an_encoder_is_refused(runs, tmp_path):
 
 def test_an_encoder_of_which_little_is_known_is_published_with_what_is(runs, tmp_path):
     shutil.copytree(runs / "primus" / "encoder", tmp_path / "encoder")
-    (tmp_path / "encoder" / "pretraining.json").write_text('{"weights": "student"}')
-    with pytest.raises(ValueError, match="is of an earlier version"):
-        publish(tmp_path / "encoder", "--to", tmp_path / "bundle")
+    for earlier in ('{"weights": "student"}', '{"init_from": "/home/me/weights.pth"}'):
+        (tmp_path / "encoder" / "pretraining.json").write_text(earlier)
+        with pytest.raises(ValueError, match="is of an earlier version"):
+            publish(tmp_path / "encoder", "--to", tmp_path / "bundle")
     for facts in ('{"recipe": {"name": "x"}}', "{}"):
         (tmp_path / "encoder" / "pretraining.json").write_text(facts)
         publish(tmp_path / "encoder", "--to", tmp_path / "bundle")

@@ -91,7 +91,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         folder,
         arguments.prepared or folder.prepared,
         arguments.data,
-        arguments.data_description if arguments.data else DEMO_VOLUME,
+        arguments.data_description or (None if arguments.data else DEMO_VOLUME),
         arguments.init_from,
         arguments.init_token_order,
         bool(arguments.resume),

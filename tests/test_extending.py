@@ -5,6 +5,7 @@ tests/extensions/ holds what each takes; it is laid over a copy of the project, 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def runs(project, volumes):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = project / "tests" / "several_runs.py"
     done = launch(project / "runs.json", script=script, launcher=launcher, root=project, cwd=project)
-    ends = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("run ")]
+    ends = re.findall(r"^run \d+ exit (\d+),", done.stdout, re.MULTILINE)
     assert ends == ["75", "0"] * len(RUNS), done.stdout + done.stderr
     return project / "runs"
 

@@ -28,7 +28,7 @@ class Training:
         self.model, self.optimizer = self.accelerator.prepare(
             model, optimizer(model.parameters(), lr=0.1, fused=True, **numbers)
         )
-        self.writer = Writer(folder, background)
+        self.writer = Writer(folder, background, group=None)
 
     def train(self, steps):
         for _ in range(steps):

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,6 @@ FORMAT = 3  # of a checkpoint; 1 had no number, 2 no origin of first weights
 KEEP = 2
 MARKER = "SHA256SUMS"
 META = "meta.json"
-PATIENCE = timedelta(hours=1)  # how long ranks may wait for one whose disk is slow
 
 
 class Checkpoint(NamedTuple):
@@ -44,13 +42,16 @@ class Checkpoint(NamedTuple):
 
 
 class Writer:
-    """Writes the checkpoints of a run, in the background if asked; all ranks make the same calls."""
+    """Writes the checkpoints of a run, in the background if asked; all ranks make the same calls.
 
-    def __init__(self, folder: Path, background: bool):
-        self.folder = folder
-        # a group of its own: a background thread must not mix its messages with those of the training
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+    Args:
+        group: of all ranks, not that of the training: a background thread must not mix its messages with those; None
+            for one process alone.
+    """
+
+    def __init__(self, folder: Path, background: bool, group: dist.ProcessGroup | None):
+        self.folder, self.group = folder, group
+        self.rank, self.ranks = (group.rank(), group.size()) if group else (0, 1)
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
 

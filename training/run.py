@@ -44,6 +44,7 @@ from .runtime import (
     end_tracker,
     from_main_rank,
     make_accelerator,
+    make_host_group,
     start_tracker,
 )
 from .schedules import learning_rate
@@ -90,15 +91,16 @@ class Run:
         self.device, self.print = accelerator.device, accelerator.print
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        self.cost: StepCost = from_main_rank(accelerator, lambda: cost)
-        self.folder = from_main_rank(accelerator, lambda: launch.folder)  # a free one may look different to a late rank
+        self.group = make_host_group()  # one: gloo connects any two ranks, 511 descriptors each for 512
+        self.cost: StepCost = from_main_rank(self.group, lambda: cost)
+        self.folder = from_main_rank(self.group, lambda: launch.folder)  # a free one may look different to a late rank
         self.locks = []
-        from_main_rank(accelerator, lambda: self.locks.append(self.folder.lock()))
+        from_main_rank(self.group, lambda: self.locks.append(self.folder.lock()))
         accelerator.project_configuration.logging_dir = str(self.folder.logs)
 
         self.resumes = launch.resume
         self.newest: Checkpoint | None = from_main_rank(
-            accelerator, lambda: newest_checkpoint(self.folder.checkpoints) if launch.resume else None
+            self.group, lambda: newest_checkpoint(self.folder.checkpoints) if launch.resume else None
         )
         init_from = self.newest.meta["init_from"] if self.newest else launch.init_from
         if self.newest and launch.init_from not in (None, init_from):
@@ -116,7 +118,7 @@ class Run:
             compile_blocks(model, launch.strategy)
 
         prepare = partial(prepare_data, launch.data, launch.prepared, recipe)
-        self.files, fingerprint = from_main_rank(accelerator, prepare)
+        self.files, fingerprint = from_main_rank(self.group, prepare)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
@@ -154,12 +156,12 @@ class Run:
         flops = self.cost.flops * self.ranks * accumulate
         self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks)
         self.metrics.load(own)
-        self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background)
+        self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background, self.group)
         self.background, self.checkpoints = Background(self.print), 0
         self.export_is_due = False  # for the call of `Results` that comes
         limits = recipe.run.max_skipped, recipe.run.checkpoint_minutes
         self.guard = Guard(accelerator, skipped, *limits, last_good=lambda: self.writer.newest)
-        self.end_heartbeat = start_heartbeat()
+        self.end_heartbeat = start_heartbeat(self.group)
         self.wrapped.train()
 
     def steps(self) -> Iterator[Step]:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from .strategy import Strategy
 
-PREPARATION_LIMIT = timedelta(hours=24)  # how long ranks may wait for one that is still preparing volumes
+PATIENCE = timedelta(hours=24)  # how long ranks may wait for one that is still preparing volumes, or whose disk is slow
 
 
 def make_accelerator(
@@ -131,19 +131,25 @@ def end_tracker(accelerator: Accelerator) -> None:
         warnings.warn(f"the tracker did not end well ({error}): metrics.jsonl has it all", stacklevel=2)
 
 
-def from_main_rank(accelerator: Accelerator, compute: Callable[[], Any]) -> Any:
-    """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
-    # a group of its own: collectives of the training itself must not wait so long for a dead rank
+def make_host_group() -> torch.distributed.ProcessGroup:
+    """All ranks, over the machines' network: for what is not to wait for a GPU, or longer than one may for a step.
+
+    Raises:
+        ValueError: if they do not reach each other.
+    """
     with _gloo_finds_the_network():
-        patient = torch.distributed.new_group(backend="gloo", timeout=PREPARATION_LIMIT)
+        return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def from_main_rank(group: torch.distributed.ProcessGroup, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns on the main rank, given to all; its ValueError or OSError is raised on all."""
     found: list = [None, None]
-    if accelerator.is_main_process:
+    if torch.distributed.get_rank() == 0:
         try:
             found[0] = compute()
         except (ValueError, OSError) as error:
             found[1] = error
-    torch.distributed.broadcast_object_list(found, group=patient)
-    torch.distributed.destroy_process_group(patient)
+    torch.distributed.broadcast_object_list(found, group=group)
     if found[1] is not None:
         raise found[1]
     return found[0]

@@ -209,6 +209,11 @@ def fsdp2_shard(weight: Weight, ranks: int) -> int:
     return -(-weight.shape[0] // ranks) * (weight.size // weight.shape[0])
 
 
+def _gathered_bytes(recipe: Recipe) -> int:
+    """Of an element of FSDP2's units, and of its gradient there."""
+    return 2 if recipe.train.precision == "bf16" else BYTES
+
+
 def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline, offload: bool) -> Iterator[Parts]:
     trained, teacher = elements(weights, lambda w: fsdp2_shard(w, ranks))
     whole = elements(weights)[0]
@@ -217,7 +222,8 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
     for weight in weights:
         if weight.unit:
             sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.size
-    block = BYTES * max(sizes.values(), default=0)
+    largest = max(sizes.values(), default=0)
+    reduced, block = BYTES * largest, _gathered_bytes(recipe) * largest
     states = BYTES * optimiser_copies(recipe) * trained
     fixed = {"parameters": BYTES * trained, "optimiser": states, "teacher": BYTES * teacher}
     here = 1
@@ -226,10 +232,13 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
         here = 0
     gathered = BYTES * (root + root_teacher)  # what is in no unit stays whole from first use to the end of the step
     waiting = BYTES * whole if recipe.train.accumulate > 1 else 0  # Accelerate reduces only the last micro-batch
-    in_flight = block if ranks > 1 else 0
+    in_flight, reducing = (block, reduced) if ranks > 1 else (0, 0)
+    # an engine that gathers float32 leaves autocast to keep a bfloat16 copy of each weight until its gradient is there
+    copies = (BYTES - _gathered_bytes(recipe)) * elements([w for w in weights if w.unit])[0]
     for done, rest in timeline:
+        rest = max(0, rest - copies * (1 - done / (BYTES * whole)))
         gradients = waiting or done * trained / whole * here + (min(done, BYTES * root) + block if done else 0)
-        sending = in_flight + (block + in_flight if done else 0)  # the next unit; the last one's gradients
+        sending = in_flight + (reduced + reducing if done else 0)  # the next unit; the last one's gradients
         yield _joined(
             fixed,
             {
@@ -271,8 +280,10 @@ def communication(weights: list[Weight], recipe: Recipe, strategy: Strategy, ran
         return {"gradients, all-reduce": 2 * share * trained, **kinds}
     if strategy.kind == "fsdp2":
         shard = {w: BYTES * ranks * fsdp2_shard(w, ranks) for w in set(weights)}
-        student_units = sum(shard[w] for w in weights if w.trained and w.unit)
-        everything = sum(shard[w] for w in weights)  # forward; a student's units again in the backward pass
+        narrow = _gathered_bytes(recipe) / BYTES
+        student_units = sum(shard[w] for w in weights if w.trained and w.unit) * narrow
+        # forward; a student's units again in the backward pass
+        everything = sum(shard[w] * (narrow if w.unit else 1) for w in weights)
         return {
             "gradients, reduce-scatter": share * sum(shard[w] for w in weights if w.trained),
             "parameters, all-gather": share * accumulate * (everything + student_units),

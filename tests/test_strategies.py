@@ -66,6 +66,8 @@ def runs(tmp_path_factory, volumes):
             launches.plan(f"{strategy}_poisoned", strategy, POISONED, poison=[9])
     launches.plan("ddp_pulls", "ddp", SHORT, "run.log_gradients=true")
     launches.plan("zero2_pulls", "zero2", SHORT, "run.log_gradients=true")
+    for strategy in ("ddp", "fsdp2"):
+        launches.plan(f"{strategy}_bf16", strategy, [*ALIKE, "train.precision=bf16"])
     for strategy in ("zero2", "fsdp2", "zero3"):
         launches.plan(f"{strategy}_compiled", strategy, SHORT, "run.compile=true")
     launches.plan("zero2_diverged", "zero2", POISONED, poison=list(range(16, 40)))
@@ -149,6 +151,55 @@ def test_pulls_of_the_terms_agree(runs):
     keys = ("gradient_of_reconstruction", "gradient_of_consistency", "gradient_of_contrastive")
     pulls = [curve(runs.folder / f"{strategy}_pulls", keys) for strategy in ("zero2", "ddp")]
     torch.testing.assert_close(*pulls, rtol=1e-4, atol=0)
+
+
+# ------------------------------------------------------------------ bfloat16
+
+
+def test_blocks_gathered_in_bfloat16_follow_plain_data_parallel(runs):
+    """Autocast rounds what it multiplies; FSDP2 here also norms and LayerScale of a block."""
+    found, expected, exact = (curve(runs.folder / name, ["loss"]) for name in ("fsdp2_bf16", "ddp_bf16", "ddp_x2"))
+    off = (found / expected - 1).abs()
+    assert 0 < off.mean() < 0.01
+    assert off.max() < 0.03
+    assert (found / exact - 1).abs().mean() < 0.01
+
+
+PRECISIONS = """
+import json, sys
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.module import register_module_forward_hook
+import train_cva
+from benchmarks.cpu_ranks import offer_fsdp
+from training.launch import parse_arguments
+
+seen = {}
+
+def note(module, *_):
+    seen[module] = {name: str(value.dtype) for name, value in module.named_parameters(recurse=False)}
+
+def tell(run, recipe, step):  # a block itself has given its weights back when its hook is called
+    whole = {name: module for name, module in run.model.named_modules() if not isinstance(module, FSDPModule)}
+    print("seen", json.dumps({name: seen[module] for name, module in whole.items() if seen.get(module)}))
+
+offer_fsdp()
+register_module_forward_hook(note)
+train_cva.main(parse_arguments("", sys.argv[1:]), tell)
+"""
+
+
+def test_only_blocks_are_gathered_in_bfloat16(tmp_path, volumes):
+    (tmp_path / "precisions.py").write_text(PRECISIONS)
+    numbers = [*TINY, "train.steps=2", "train.precision=bf16", "run.checkpoint_every=1"]
+    arguments = ["--config", config("fsdp2"), "--data", volumes, "--output", tmp_path / "run", *numbers]
+    launcher = [shutil.which("torchrun"), "--standalone", "--nproc_per_node=1"]
+    done = launch(*arguments, script=tmp_path / "precisions.py", launcher=launcher)
+    seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("seen ")).removeprefix("seen "))
+    for part in ("student.features.encoder", "student.features.feature_decoder", "student.decoder", "teacher.features"):
+        assert any(name.startswith(part) and ".blocks." in name for name in seen), part
+    assert any(name.startswith("projector.") for name in seen)
+    for name, parameters in seen.items():
+        assert set(parameters.values()) == {"torch.bfloat16" if ".blocks." in name else "torch.float32"}, name
 
 
 # ------------------------------------------------------------------ steps that are not finite

@@ -45,6 +45,7 @@ from .runtime import (
     from_main_rank,
     make_accelerator,
     make_host_group,
+    shard_blocks_in_bf16,
     start_tracker,
 )
 from .schedules import learning_rate
@@ -141,6 +142,8 @@ class Run:
         """Make all that a step needs, and take up the newest checkpoint."""
         recipe, accelerator = self.recipe, self.accelerator
         self.stream = stream
+        if self.strategy.kind == "fsdp2" and recipe.train.precision == "bf16":
+            shard_blocks_in_bf16(accelerator, self.model)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, recipe))
         assert accelerator.unwrap_model(self.wrapped) is self.model
         own, skipped = self._resume()

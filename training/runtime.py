@@ -13,6 +13,7 @@ import joblib
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .strategy import Strategy
 
@@ -95,13 +96,36 @@ def make_accelerator(
     return accelerator
 
 
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def shard_blocks_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Let FSDP2 gather the blocks of encoders and decoders in bfloat16; `accelerator.prepare` does the rest in float32.
+
+    Under autocast alone a bfloat16 copy of every gathered weight would be kept until the backward pass, and float32 be
+    sent. Gradients are reduced in float32; heads, and the residual stream between blocks, stay as autocast has them.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = _blocks(model)
+    for block in blocks:
+        fully_shard(
+            block,
+            mp_policy=policy,
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+        )
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})  # they are renamed
+
+
 def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
     """torch.compile each block of the networks; the rest is small."""
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
     torch._inductor.config.fallback_random = True  # drop-path draws what it draws without compilation
-    blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    blocks = _blocks(model)
     torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
     for block in blocks:
         block.compile()

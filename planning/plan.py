@@ -233,8 +233,9 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
     gathered = BYTES * (root + root_teacher)  # what is in no unit stays whole from first use to the end of the step
     waiting = BYTES * whole if recipe.train.accumulate > 1 else 0  # Accelerate reduces only the last micro-batch
     in_flight, reducing = (block, reduced) if ranks > 1 else (0, 0)
-    # an engine that gathers float32 leaves autocast to keep a bfloat16 copy of each weight until its gradient is there
-    copies = (BYTES - _gathered_bytes(recipe)) * elements([w for w in weights if w.unit])[0]
+    copies = 0
+    if not recipe.run.gradient_checkpointing:  # in the timeline autocast keeps one of each weight until its gradient
+        copies = (BYTES - _gathered_bytes(recipe)) * elements([w for w in weights if w.unit])[0]
     for done, rest in timeline:
         rest = max(0, rest - copies * (1 - done / (BYTES * whole)))
         gradients = waiting or done * trained / whole * here + (min(done, BYTES * root) + block if done else 0)

@@ -1,6 +1,6 @@
 """Pretrain a 3D encoder with Consistent View Alignment (CVA) and write it as a folder for `from_pretrained`.
 
-The demo, on any machine, with nothing else to download; CPU, or all GPUs there are:
+The demo, on any machine, with nothing else to download; CPU, or up to 4 GPUs (8: add train.batch_size=8):
 
     accelerate launch train_cva.py --config ds_configs/zero2.json
 

@@ -48,11 +48,10 @@ PATIENCE = 10  # seconds for a rank to end by itself when the other is gone
 RECIPE = [
     "views.crop_size=[32,32,32]",
     "views.cells=[3,3,3]",
-    "model={hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, feature_decoder_heads: 2}",
-    "model.architecture=primus",
-    "model.patch_size=8",
-    "model.decoder_layers=1",
-    "model.drop_path_rate=0.2",
+    "data.spacing=[1,1,1]",
+    "mask.block=8",
+    "model={architecture: primus, hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, "
+    "drop_path_rate: 0.2, decoder_layers: 1, feature_decoder_heads: 2}",
     "heads={projector_size: 32, predictor_size: 16}",
     f"train.steps={STEPS}",
     "train.batch_size=4",

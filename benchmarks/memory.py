@@ -1,6 +1,6 @@
 """Memory of a rank by strategy: what `--dry-run` predicts against what a few steps of train_cva.py take.
 
-    python benchmarks/memory.py recipes/demo.yaml --ranks 1 2
+    python benchmarks/memory.py recipes/primus_m.yaml 'views.crop_size=[32,32,32]' 'views.cells=[3,3,3]' --ranks 1 2
     python benchmarks/memory.py recipes/primus_m.yaml train.batch_size=8 --ranks 8 --strategies zero2 fsdp2
 
 Prints one table, in MB, of the fullest rank in a step that is neither the first nor the last, on a volume of noise. On

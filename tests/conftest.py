@@ -34,7 +34,17 @@ ours = {"models", "training", "losses", "data", "einops", "nibabel", "deepspeed"
 assert not ours, ours
 """
 
+PRIMUS = [  # what makes of the demo's recipe one of a small Primus
+    "data.spacing=[1.0,1.0,1.0]",
+    "views.shared.mirror=0.5",
+    "mask.block=8",
+    "model={architecture: primus, hidden_size: 192, num_hidden_layers: 4, num_attention_heads: 4, patch_size: 8, "
+    "drop_path_rate: 0.0, decoder_layers: 1, feature_decoder_heads: 4}",
+    "teacher={momentum: 0.98, final_momentum: 0.98, path: published}",
+    "optimizer.learning_rate=2e-3",
+]
 TINY = [
+    *PRIMUS,
     "views.crop_size=[32,32,32]",
     "views.cells=[3,3,3]",
     "model.hidden_size=48",

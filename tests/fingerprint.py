@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, blobs, config, launch, model_state, save_nifti
 from training.metrics import read_metrics
 
 RESENC = "model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"
-NO_PRIMUS = [number for number in TINY if not number.startswith("model.")]
+NO_PRIMUS = [number for number in TINY if not number.startswith("model")]
 RECIPES = {  # all but the first two under plain data parallel only
     "primus, cosine, drop-path, accumulation": [*TINY, "train.accumulate=2"],
     "resenc, c_cva": [*NO_PRIMUS, RESENC, "mask.block=16", "loss.consistency=c_cva", "loss.consistency_weight=0.2"],

@@ -11,8 +11,8 @@ from conftest import BIN, assert_same_features_in_a_clean_process, config, launc
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
-from models import PrimusModel
-from training.metrics import read_metrics
+from models import ResEncModel
+from training.metrics import read_held_out, read_metrics
 
 pytestmark = pytest.mark.slow  # each test is a run of the script
 
@@ -35,6 +35,8 @@ def test_the_demo_learns(demo):
     for key, factor in (("reconstruction", 0.5), ("consistency", 0.5)):
         assert np.mean([r[key] for r in last]) < factor * np.mean([r[key] for r in first])
     assert all(r["feature_std"] > 0.3 for r in records)  # no collapse
+    seen = read_held_out(output / "held_out.jsonl")[-1]
+    assert seen["reconstruction"] < 0.85 * seen["reconstruction_by_interpolation"]
 
 
 def test_the_pictures_are_drawn(demo):
@@ -46,26 +48,26 @@ def test_the_pictures_are_drawn(demo):
 
 def test_the_encoder_folder_is_the_student(demo):
     encoder = load_file(demo[0] / "encoder" / "model.safetensors")
-    module = model_state(demo[0] / "checkpoints" / "step_120")
+    module = model_state(demo[0] / "checkpoints" / "step_72")
     prefix = "student.features.encoder."
     assert set(encoder) == {key.removeprefix(prefix) for key in module if key.startswith(prefix)}
     assert all(torch.equal(encoder[key].flatten(), module[prefix + key]) for key in encoder)
 
 
 def test_all_weights_are_kept_for_publishing(demo):
-    kept, module = load_file(demo[0] / "pretraining.safetensors"), model_state(demo[0] / "checkpoints" / "step_120")
+    kept, module = load_file(demo[0] / "pretraining.safetensors"), model_state(demo[0] / "checkpoints" / "step_72")
     assert kept.keys() == module.keys()
     assert all(torch.equal(kept[key].flatten(), module[key]) for key in kept)
 
 
 def test_features_are_bit_identical_in_a_clean_process(demo, tmp_path):
-    module = model_state(demo[0] / "checkpoints" / "step_120")
-    assert_same_features_in_a_clean_process(demo[0] / "encoder", PrimusModel, module, (48, 48, 48), tmp_path)
+    module = model_state(demo[0] / "checkpoints" / "step_72")
+    assert_same_features_in_a_clean_process(demo[0] / "encoder", ResEncModel, module, (40, 40, 40), tmp_path)
 
 
 def test_the_folder_says_how_to_prepare_a_volume(demo):
     settings = json.loads((demo[0] / "encoder" / "config.json").read_text())
-    wanted = {"orientation": "RAS", "spacing": [1.0, 1.0, 1.0], "crop_size": [48, 48, 48]}
+    wanted = {"orientation": "RAS", "spacing": [3.0, 3.0, 3.0], "crop_size": [40, 40, 40]}
     assert wanted.items() <= settings["preprocessing"].items()
     assert "z-score" in settings["preprocessing"]["normalisation"]
     processor = json.loads((demo[0] / "encoder" / "preprocessor_config.json").read_text())
@@ -73,7 +75,7 @@ def test_the_folder_says_how_to_prepare_a_volume(demo):
     card = (demo[0] / "encoder" / "README.md").read_text()
     assert (demo[0] / "encoder" / "LICENSE").exists()
     assert card.startswith("---\nlibrary_name: transformers")
-    assert "48 x 48 x 48" in card
+    assert "40 x 40 x 40" in card
 
 
 def test_the_model_s_code_needs_torch_and_transformers_only(demo):

@@ -17,7 +17,7 @@ from data.stream import render, stack_views
 from training.metrics import read_metrics
 
 RESENC = "model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"
-SIZES = {"primus": TINY, "resenc": [*(n for n in TINY if not n.startswith("model.")), RESENC, "mask.block=16"]}
+SIZES = {"primus": TINY, "resenc": [*(n for n in TINY if not n.startswith("model")), RESENC, "mask.block=16"]}
 
 
 BATCH_AND_OBJECTIVE = """

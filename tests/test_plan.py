@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY, config
+from conftest import PRIMUS, ROOT, TINY, config
 from torch.overrides import TorchFunctionMode
 
 import train_cva
@@ -34,11 +34,11 @@ from training.recipe import load_recipe
 from training.strategy import read_strategy
 
 DEMO = ROOT / "recipes" / "demo.yaml"
-PRIMUS = ["model.hidden_size=96", "model.num_hidden_layers=12"]  # blocks enough to notice who keeps what is recomputed
+DEEP = ["model.hidden_size=96", "model.num_hidden_layers=12"]  # blocks enough to notice who keeps what is recomputed
 RESENC = ["model={architecture: resenc, hidden_sizes: [8, 16, 32], strides: [1, 2, 2], depths: [3, 3, 3]}"]
 RESENC += ["mask.block=16"]
 SIMCLR = ["loss.reconstruction_weight=0", "loss.consistency=none", "loss.consistency_weight=0", "teacher=null"]
-SMALL = ["views.crop_size=[32,32,32]", "views.cells=[3,3,3]"]
+SMALL = [*PRIMUS, "views.crop_size=[32,32,32]", "views.cells=[3,3,3]"]
 NARROW = [*SMALL, "model.hidden_size=384"]  # 76 MB of weights, 22 MB of activations
 
 
@@ -73,7 +73,7 @@ def test_memory_of_two_ranks(name, tmp_path):
 @pytest.mark.parametrize("architecture", ["primus", "resenc"])
 def test_peak_of_a_forward_and_backward_pass(architecture, precision, checkpointing):
     """Nothing is computed for the prediction; the profiler's record of every tensor is what it is held against."""
-    numbers = [*SMALL, *(PRIMUS if architecture == "primus" else RESENC)]
+    numbers = [*SMALL, *(DEEP if architecture == "primus" else RESENC)]
     numbers += [f"train.precision={precision}", f"run.gradient_checkpointing={checkpointing}"]
     recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe).train()

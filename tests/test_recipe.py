@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import PRIMUS, ROOT, TINY
 
 import train_cva
 from training import recipe as recipes
@@ -183,7 +183,10 @@ def test_overrides():
             "nothing would be trained",
         ),
         (["teacher=null"], r"loss\.consistency=cosine needs a teacher"),
-        (["train.accumulate=3"], r"does not divide into train\.accumulate=3 .*set train\.batch_size=9"),
+        (
+            ["train.batch_size=8", "train.accumulate=3"],
+            r"does not divide into train\.accumulate=3 .*set train\.batch_size=9",
+        ),
         (["views.shared.zoom.range=[1.4,0.7]"], r"views\.shared\.zoom: range=\[1\.4, 0\.7\] must be \[low, high\]"),
         (["views.independent.rotation.degrees=[0,0,200]"], r"views\.independent\.rotation\.degrees.*180"),
         (["intensity.low_resolution.range=[0.5,2]"], r"intensity: low_resolution\.range must be within"),
@@ -203,7 +206,7 @@ def test_overrides():
 )
 def test_mistakes_name_the_key(overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
-        load_recipe(DEMO, overrides)
+        load_recipe(DEMO, [*PRIMUS, *overrides])
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +233,7 @@ def test_batch_must_divide_over_the_ranks():
     with pytest.raises(ValueError, match=r"4 ranks x 4 micro-batches: set train\.batch_size=16"):
         recipe.check_ranks(4)
     recipe = load_recipe(DEMO)
-    with pytest.raises(ValueError, match=r"train\.batch_size=8 does not divide over 3 ranks: set train\.batch_size=9"):
+    with pytest.raises(ValueError, match=r"train\.batch_size=4 does not divide over 3 ranks: set train\.batch_size=3"):
         recipe.check_ranks(3)
 
 
@@ -261,7 +264,7 @@ def test_differences_leave_out_what_does_not_change_results(tmp_path):
 
 
 def test_accumulation_warns_where_it_is_not_the_batch_at_once():
-    with pytest.warns(UserWarning, match=r"train\.accumulate=2 is not the loss of 8 volumes .* see 4 at a time"):
+    with pytest.warns(UserWarning, match=r"train\.accumulate=2 is not the loss of 4 volumes .* see 2 at a time"):
         load_recipe(DEMO, ["train.accumulate=2"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

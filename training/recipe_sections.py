@@ -142,5 +142,5 @@ class Running(Section):
     checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
     export_every: PositiveInt  # checkpoints: encoder/, pretraining.safetensors and report/, by a thread; and at the end
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
-    gradient_checkpointing: bool  # a third to two thirds of the memory less, up to a third of the operations more
+    gradient_checkpointing: bool  # a third to two thirds of the memory less, a sixth of the operations more
     compile: bool  # the networks' blocks, by torch.compile; not under ZeRO-3

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import blobs, save_nifti
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import map_coordinates, zoom
 
 from data.demo import demo_volume
-from data.nifti import BadVolume, find_volumes, read_volume
+from data.nifti import BadVolume, find_volumes, prepare_array, read_volume
 from data.prepared import prepare_volumes
 from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
 
@@ -110,6 +110,20 @@ def test_normalised_over_the_nonzero_box(tmp_path):
     assert out.shape == (20, 14, 21)
     assert out.mean() == pytest.approx(0, abs=1e-5)
     assert out.std() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 37, 30), (2, 7, 33), (300, 5, 4)])
+@pytest.mark.parametrize("factors", [(1.3, 0.7, 1.0), (0.5, 2.9, 1.6), (1.0, 1.0, 1.0)])
+def test_resampling_is_that_of_scipy(shape, factors):
+    volume, old = np.random.default_rng(0).normal(size=shape).astype(np.float32), np.array(factors)
+    found = prepare_array(volume, old, (1.0, 1.0, 1.0))
+    exact = np.maximum(np.round(np.array(shape) * old), 1) / shape
+    coarse = old / old.min() > 3
+    expected = (volume - volume.mean()) / volume.std()
+    expected = zoom(expected, np.where(coarse, 1, exact), order=3, mode="nearest", grid_mode=True)
+    expected = zoom(expected, np.where(coarse, exact, 1), order=0, mode="nearest", grid_mode=True)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [(2.0, 1.0, 1.0), (0.5, 0.8, 1.0), (1.0, 1.0, 5.0)])

@@ -1,5 +1,6 @@
 """Reading NIfTI: find the files, refuse what cannot be trained on, bring the rest to one orientation and spacing."""
 
+import errno
 from pathlib import Path
 
 import nibabel as nib
@@ -8,7 +9,9 @@ from scipy.ndimage import zoom
 
 PLAUSIBLE_SPACING = (0.01, 50.0)  # mm; beyond, the header is wrong or in another unit
 ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
+MOST_VOXELS = 10**9  # of a prepared volume, 4 GB; a whole body at 1 mm has a fifth of them
 NEGLIGIBLE = 1e-12  # of a spline's weights, which fall off for ever; denormal numbers are 10 times slower to multiply
+OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class BadVolume(ValueError):
@@ -16,14 +19,15 @@ class BadVolume(ValueError):
 
 
 def find_volumes(folder: Path) -> list[Path]:
-    """All `.nii` and `.nii.gz` files below a folder, sorted.
+    """All `.nii` and `.nii.gz` files below a folder, sorted; none whose name, or folder's, begins with a dot.
 
     Raises:
         ValueError: if the folder does not exist or holds none.
     """
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+    found = (p for p in folder.rglob("*") if p.name.endswith((".nii", ".nii.gz")) and p.is_file())
+    paths = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not paths:
         raise ValueError(
             f"--data {folder}: no .nii or .nii.gz file in it or below it; convert DICOM with dcm2niix first"
@@ -46,10 +50,12 @@ def read_volume(
 
     Raises:
         BadVolume: if the file is unreadable, not 3D, constant, or has NaN or infinite voxels.
+        OSError: if the disk fails, which says nothing of the file.
     """
     try:
         image = source if isinstance(source, nib.spatialimages.SpatialImage) else nib.load(source)
     except Exception as error:  # nibabel, gzip and zlib each fail in their own way
+        _raise_if_of_the_disk(error)
         raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
@@ -57,6 +63,9 @@ def read_volume(
     if len(shape) != 3 or min(shape) < 2:
         kind = {2: "a 2D image", 4: "a 4D series; split it into one file a volume"}.get(len(shape), "not a 3D volume")
         raise BadVolume(f"shape {image.shape} is {kind if min(shape) > 1 else 'a 2D image'}")
+    if (voxels := image.get_data_dtype().kind) not in "biuf":
+        kinds = {"c": "complex numbers; save their magnitude", "V": "colours; save one channel"}
+        raise BadVolume(f"its voxels are {kinds.get(voxels, 'not numbers')}")
     try:
         image = nib.as_closest_canonical(image.slicer[(..., *[0] * (image.ndim - 3))] if image.ndim > 3 else image)
         image = image.as_reoriented(
@@ -64,8 +73,10 @@ def read_volume(
                 nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(orientation)
             )
         )
-        volume = np.asarray(image.dataobj, dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is told below
+            volume = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:
+        _raise_if_of_the_disk(error)
         raise BadVolume(f"its voxels cannot be read; truncated or corrupt? ({_first_line(error)})") from error
     # not the header's zooms: the two can disagree
     return prepare_array(volume, nib.affines.voxel_sizes(image.affine), spacing)
@@ -83,7 +94,7 @@ def prepare_array(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[fl
         float32 `[X, Y, Z]` of mean 0 and standard deviation 1 (before resampling).
 
     Raises:
-        BadVolume: if it is not 3D, constant, of an impossible spacing, or has NaN or infinite voxels.
+        BadVolume: if it is not 3D, constant, of an impossible spacing or size, or has NaN or infinite voxels.
     """
     volume, old_spacing = np.asarray(volume, dtype=np.float32), np.asarray(old_spacing, dtype=float)
     if volume.ndim != 3 or min(volume.shape) < 2:
@@ -118,6 +129,11 @@ def _resample(volume: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarra
     numbers come from matrix products some 20 times sooner.
     """
     shape = np.maximum(np.round(volume.shape * old / new), 1).astype(int)
+    if np.prod(shape, dtype=float) > MOST_VOXELS:
+        raise BadVolume(
+            f"it would have {' x '.join(map(str, shape))} voxels of {' x '.join(f'{s:g}' for s in new)} mm: are its "
+            f"{' x '.join(f'{s:g}' for s in old)} mm right?"
+        )
     orders = np.where(old / old.min() > ANISOTROPIC, 0, 3)
     volume = np.ascontiguousarray(volume)
     for axis in np.argsort(shape / volume.shape):  # first what makes it smaller
@@ -132,6 +148,11 @@ def _resample(volume: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarra
         else:
             volume = matrix @ volume if axis == 1 else volume @ matrix.T
     return volume
+
+
+def _raise_if_of_the_disk(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno not in {None, *OF_THE_FILE}:
+        raise error
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from .nifti import BadVolume, read_volume
+
+RETRIES = (1.0, 10.0)  # seconds after which a disk that failed is asked again
 
 
 def prepare_volumes(
@@ -29,7 +32,8 @@ def prepare_volumes(
         The prepared files, in the order of `paths`, and for each file left out its path and why.
 
     Raises:
-        OSError: if the folder cannot be written; what is in it stays valid.
+        OSError: if the folder cannot be written, or a file not be read for reasons of the disk; what is in the folder
+            stays valid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {path: prepared_file(path, folder, orientation, spacing) for path in paths}
@@ -54,7 +58,7 @@ def prepared_file(path: Path, folder: Path, orientation: str, spacing: tuple[flo
 def _prepare(path: Path, file: Path, orientation: str, spacing: tuple) -> str | None:
     """Why a volume cannot be used, if so."""
     try:
-        volume = read_volume(path, orientation, spacing)
+        volume = _read_patiently(path, orientation, spacing)
     except BadVolume as error:
         return str(error)
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
@@ -72,6 +76,17 @@ def _prepare(path: Path, file: Path, orientation: str, spacing: tuple) -> str | 
             ) from None
         raise
     return None
+
+
+def _read_patiently(path: Path, orientation: str, spacing: tuple) -> np.ndarray:
+    for pause in (*RETRIES, None):
+        try:
+            return read_volume(path, orientation, spacing)
+        except OSError as error:
+            if pause is None:
+                why = error.strerror or str(error)
+                raise OSError(error.errno, f"{path} cannot be read ({why}); it is not left out: try again") from None
+            time.sleep(pause)
 
 
 def _key(path: Path, orientation: str, spacing: tuple) -> str:

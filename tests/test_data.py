@@ -1,7 +1,10 @@
 """Reading NIfTI, preparing volumes, and the stream of samples."""
 
+import errno
 import gzip
+import os
 import shutil
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from conftest import blobs, save_nifti
 from scipy.ndimage import map_coordinates, zoom
 
+from data import prepared
 from data.demo import demo_volume
 from data.nifti import BadVolume, find_volumes, prepare_array, read_volume
 from data.prepared import prepare_volumes
@@ -36,9 +40,14 @@ def bad_files(folder):
     (folder / "empty.nii.gz").write_bytes(b"")
     whole.unlink()
     (folder / "corrupt.nii.gz").write_bytes(packed[:12] + bytes(200) + packed[212:])
+    nib.save(nib.Nifti1Image(good, np.diag([49.0, 49.0, 49.0, 1.0])), folder / "huge.nii.gz")
+    colours = np.zeros((8, 8, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     header = nib.Nifti1Image(good, np.diag([1e3, 1e3, 1e3, 1.0]))
     nib.save(header, folder / "micrometres.nii.gz")
     return {
+        folder / "huge.nii.gz": r"1960 x 2156 x 1764 voxels of 1 x 1 x 1 mm: are its 49 x 49 x 49 mm right",
+        save_nifti(folder / "complex.nii.gz", good.astype(np.complex64)): "complex numbers; save their magnitude",
+        save_nifti(folder / "colours.nii.gz", colours): "colours",
         folder / "corrupt.nii.gz": "not a readable NIfTI",
         folder / "micrometres.nii.gz": "not a size in mm",
         folder / "truncated.nii.gz": "truncated",
@@ -75,8 +84,40 @@ def test_good_and_bad_files_are_told_apart(tmp_path, volumes):
     assert not set(other) & set(good)
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_disk_that_fails_is_asked_again_and_leaves_no_volume_out(tmp_path, volumes, monkeypatch, failures):
+    load, left = nib.load, [failures]
+
+    def fails(path):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return load(path)
+
+    monkeypatch.setattr(nib, "load", fails)
+    monkeypatch.setattr(prepared, "RETRIES", (0.0, 0.0))
+    paths = find_volumes(volumes)
+    if failures == 2:
+        good, bad = prepare_volumes(paths, tmp_path, workers=1, **PREPARED)
+        assert (len(good), bad) == (3, [])
+    else:
+        with pytest.raises(OSError, match=r"a\.nii cannot be read \(Input/output error\); it is not left out"):
+            prepare_volumes(paths, tmp_path, workers=1, **PREPARED)
+
+
+def test_a_slope_that_makes_infinite_voxels_is_named_without_a_warning(tmp_path):
+    image = nib.Nifti1Image(blobs(3), np.eye(4))
+    image.header.set_slope_inter(1e38, 0)
+    (tmp_path / "steep.nii").write_bytes(image.to_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadVolume, match="voxels are NaN or infinite"):
+            read(tmp_path / "steep.nii")
+
+
 def test_volumes_are_found_in_any_layout(volumes, tmp_path):
     assert [p.name for p in find_volumes(volumes)] == ["a.nii", "b.nii.gz", "c.nii.gz"]
+    (tmp_path / "._a.nii").write_bytes(b"what macOS leaves")
     with pytest.raises(ValueError, match=r"no \.nii or \.nii\.gz"):
         find_volumes(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):

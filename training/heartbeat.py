@@ -31,7 +31,7 @@ def start_heartbeat(group: dist.ProcessGroup) -> Callable[[], None]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks == 1:
         return lambda: None
-    store, over, ended = _store_of_first_rank(group), threading.Event(), []
+    store, over = _store_of_first_rank(group), threading.Event()
 
     def arrived(number: int) -> bool:
         """Beat, and wait for the others; False once all are over."""
@@ -48,11 +48,11 @@ def start_heartbeat(group: dist.ProcessGroup) -> Callable[[], None]:
         return False
 
     def beat() -> None:
-        number, goes_on = 0, True
+        number, goes_on, told = 0, True, False
         try:
             while goes_on:
-                if over.wait(EVERY) and not ended:
-                    ended.append(store.add("over", 1))
+                if over.wait(EVERY) and not told:
+                    told = bool(store.add("over", 1))
                 number += 1
                 # a machine that vanishes closes no connection, and the store would wait for ever
                 silent = threading.Timer(LIMIT + EVERY, _end, ["the machine of rank 0 does not answer"])

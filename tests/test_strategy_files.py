@@ -70,6 +70,13 @@ def test_what_is_left_open_is_taken_and_what_is_ignored_is_said(tmp_path):
     assert not open_ones.keys() & strategy.settings.keys()
 
 
+def test_the_units_of_fsdp_are_the_blocks_whatever_a_file_says(tmp_path):
+    asked = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap"}
+    with pytest.warns(UserWarning, match="auto_wrap_policy=no_wrap is ignored, it is transformer_based_wrap here"):
+        strategy = read_strategy(written(tmp_path, {"fsdp": asked}))
+    assert strategy.settings["auto_wrap_policy"] == "transformer_based_wrap"
+
+
 def test_what_the_launcher_was_told(monkeypatch, tmp_path):
     assert read_strategy(None).kind == "ddp"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -77,7 +84,9 @@ def test_what_the_launcher_was_told(monkeypatch, tmp_path):
         read_strategy(None)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # accelerate config's default
     assert read_strategy(None).offloads == {"optimizer": "cpu", "param": "cpu"}
+    assert read_strategy(None).settings["cpu_ram_efficient_loading"] is False
     with pytest.warns(UserWarning, match="not the FSDP settings"):
         assert read_strategy(config("fsdp2")).offloads == {}
     assert "FSDP_OFFLOAD_PARAMS" not in os.environ  # Accelerate would fill it in

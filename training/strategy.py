@@ -19,11 +19,10 @@ UNSUPPORTED = {  # of DeepSpeed, and what it is without them
 }
 BUCKET = 25_000_000  # elements; DeepSpeed allocates its default of 2 GB, however small the model is
 DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-FSDP2 = {
-    "fsdp_version": 2,
-    "reshard_after_forward": True,
+FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
+OF_THE_MODEL = {  # of FSDP: the networks' blocks are its units, and every rank makes the first weights
     "auto_wrap_policy": "transformer_based_wrap",
-    "state_dict_type": "SHARDED_STATE_DICT",
+    "cpu_ram_efficient_loading": False,
 }
 
 
@@ -84,7 +83,10 @@ def read_strategy(config: Path | None) -> Strategy:
             raise ValueError(
                 f"{where}: remove activation_checkpointing and set run.gradient_checkpointing=true instead"
             )
-        return Strategy("fsdp2", settings["fsdp"], where)
+        for key, value in OF_THE_MODEL.items():
+            if settings["fsdp"].get(key, value) != value:
+                warnings.warn(f"{where}: {key}={settings['fsdp'][key]} is ignored, it is {value} here", stacklevel=2)
+        return Strategy("fsdp2", settings["fsdp"] | OF_THE_MODEL, where)
     zero = settings["zero_optimization"]
     for key, usual in UNSUPPORTED.items():
         if zero.get(key, usual) != usual or (zero.get("offload_optimizer") or {}).get(key, usual) != usual:

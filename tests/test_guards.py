@@ -201,10 +201,10 @@ os._exit(0)
 @pytest.mark.parametrize(
     ("what", "codes", "said"),
     [
-        ("0 dies", [3, 1, 1], "rank 0 is gone"),
+        pytest.param("0 dies", [3, 1, 1], "rank 0 is gone", marks=pytest.mark.slow),
         ("1 dies", [1, 3, 1], "no sign of rank 1 for"),
         ("0 hangs", [-9, 1, 1], "the machine of rank 0 does not answer"),
-        ("1 hangs", [1, -9, 1], "no sign of rank 1 for"),
+        pytest.param("1 hangs", [1, -9, 1], "no sign of rank 1 for", marks=pytest.mark.slow),
         ("ends", [0, 0, 0], None),
     ],
 )

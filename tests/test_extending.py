@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOMS = ("models", "losses", "data", "training", "planning", "recipes", "ds_configs", "benchmarks", "tests")
 COMMON = [number for number in TINY if not number.startswith(("model", "heads.", "views.cells"))]
 PLAIN = ["model={architecture: plain, hidden_size: 12}", "views.cells=[3,3,3]"]
-BRIGHT = [number for number in TINY if not number.startswith(("heads.", "views.cells"))]
+BRIGHT = [number for number in TINY if not number.startswith(("heads.", "teacher", "views.cells"))]
 RUNS = {  # script, strategy, numbers
     "consistency": ("train_cva", "zero2", [*TINY, "loss.consistency=absolute"]),
     "method": ("train_brightness", "ddp", BRIGHT),

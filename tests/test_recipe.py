@@ -46,7 +46,8 @@ def test_every_recipe_trains(path):
     """A whole step of a shallow network on the real crops, without data."""
     recipe = load_recipe(path)
     if recipe.model.architecture == "resenc":
-        shallow = {"hidden_sizes": [4, 8, 8, 8, 8, 8], "depths": [1] * 6}
+        stages = len(recipe.model.strides)
+        shallow = {"hidden_sizes": [4, *[8] * (stages - 1)], "depths": [1] * stages}
     elif recipe.model.size:
         shallow = {"size": None, "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     else:

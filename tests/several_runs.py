@@ -22,6 +22,15 @@ from benchmarks.cpu_ranks import offer_fsdp
 from training.launch import parse_arguments
 from training.schedules import learning_rate
 
+beats, start_heartbeat = [], training.run.start_heartbeat
+
+
+def watched_heartbeat(group):
+    beats.append(start_heartbeat(group))
+    return beats[-1]
+
+
+training.run.start_heartbeat = watched_heartbeat
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run has the same ranks
 
 
@@ -55,6 +64,7 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
         return end.code
     except FloatingPointError as error:
         print(f"FloatingPointError: {error}", flush=True)
+        beats[-1]()  # a script would end here; this process may end before the other rank's next beat
         return 2
     finally:
         module.make_batch = make_batch

@@ -5,6 +5,7 @@ of their own, `--basetemp` has to be on a file system that all of them see.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -69,7 +70,7 @@ class Job:
             "#SBATCH --cpus-per-task": "#SBATCH --cpus-per-task=1",
             "#SBATCH --mem": "",
             "output=": f"output={self.output}",
-            "arguments=": f"arguments=({' '.join(map(str, arguments))})",
+            "arguments=": f"arguments=({shlex.join(map(str, arguments))})",
             "source ": f"PATH={BIN}:$PATH",
         }.items():
             text, edits = re.subn(rf"(?m)^{line}.*$", edited, text)

@@ -9,7 +9,7 @@ from scipy.ndimage import zoom
 
 PLAUSIBLE_SPACING = (0.01, 50.0)  # mm; beyond, the header is wrong or in another unit
 ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
-MOST_VOXELS = 10**9  # of a prepared volume, 4 GB; a whole body at 1 mm has a fifth of them
+LARGEST_VOLUME = 10**9  # voxels of a prepared one, 4 GB; a whole body at 1 mm has a fifth of them
 NEGLIGIBLE = 1e-12  # of a spline's weights, which fall off for ever; denormal numbers are 10 times slower to multiply
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG}
 
@@ -129,7 +129,7 @@ def _resample(volume: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarra
     numbers come from matrix products some 20 times sooner.
     """
     shape = np.maximum(np.round(volume.shape * old / new), 1).astype(int)
-    if np.prod(shape, dtype=float) > MOST_VOXELS:
+    if np.prod(shape, dtype=float) > LARGEST_VOLUME:
         raise BadVolume(
             f"it would have {' x '.join(map(str, shape))} voxels of {' x '.join(f'{s:g}' for s in new)} mm: are its "
             f"{' x '.join(f'{s:g}' for s in old)} mm right?"

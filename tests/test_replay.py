@@ -25,7 +25,7 @@ ADAMW = ["optimizer={name: adamw, learning_rate: 1e-2, weight_decay: 0.1, betas:
 SGD = ["optimizer={name: sgd, learning_rate: 0.5, weight_decay: 0.1, momentum: 0.7}"]
 
 
-def run_and_replay(output, volumes, numbers) -> tuple[dict, dict, dict, list[float]]:
+def run_and_replay(output, volumes, numbers) -> tuple[dict, dict, dict, list[float], set[str]]:
     """Weights at the start, after the script's own steps, and after the same written out; in a process of its own."""
     build, made, ended = train_cva.build_model, [], []
 
@@ -42,9 +42,13 @@ def run_and_replay(output, volumes, numbers) -> tuple[dict, dict, dict, list[flo
     return start, trained, *replay(made[1].train(), stream, recipe)
 
 
-def replay(model, stream, recipe) -> tuple[dict, list[float]]:
-    """Plain code: no Accelerate, no optimiser and no schedule of a library's or ours."""
-    numbers, norms = recipe.optimizer, []
+def replay(model, stream, recipe) -> tuple[dict, list[float], set[str]]:
+    """Plain code: no Accelerate, no optimiser and no schedule of a library's or ours.
+
+    Also returns the gradients' norms, and the weights whose gradient is rounding alone: biases that a normalisation or
+    softmax takes out again, of which Adam makes steps of full length.
+    """
+    numbers, norms, without_effect = recipe.optimizer, [], set()
     student = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first, second = ({name: torch.zeros_like(p) for name, p in student.items()} for _ in range(2))
     for step, share in enumerate([0.5, 1.0, 1.0, 0.5**0.9]):  # of the peak: two steps up, then (1 - progress) ** 0.9
@@ -56,6 +60,7 @@ def replay(model, stream, recipe) -> tuple[dict, list[float]]:
         with torch.no_grad():
             norm = sum(p.grad.square().sum() for p in student.values()).sqrt()
             norms.append(norm.item())
+            without_effect |= {name for name, p in student.items() if p.grad.norm() < 1e-6 * norm}
             for name, p in student.items():
                 g = p.grad * min(1.0, recipe.train.clip_norm / (norm.item() + 1e-6))
                 if numbers.name == "adamw":
@@ -73,17 +78,19 @@ def replay(model, stream, recipe) -> tuple[dict, list[float]]:
                 theirs = dict(model.get_submodule(f"teacher.{part}").named_parameters())
                 for name, p in theirs.items():
                     p.copy_(0.9 * p + 0.1 * model.get_submodule(ours).get_parameter(name))
-    return model.state_dict(), norms
+    return model.state_dict(), norms, without_effect
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_the_loop_is_its_steps_written_out(optimizer, tmp_path, volumes):
     numbers = [*NUMBERS, *optimizer]
-    start, trained, replayed, norms = in_new_process(run_and_replay, tmp_path / "run", volumes, numbers)
+    start, trained, replayed, norms, without_effect = in_new_process(run_and_replay, tmp_path / "run", volumes, numbers)
     assert min(norms) > load_recipe(train_cva.DEMO, numbers, train_cva.CVARecipe).train.clip_norm  # so it clips
     assert trained.keys() == replayed.keys()
+    assert 0 < len(without_effect) < 8
+    ends = tuple(name.removeprefix("student.") for name in without_effect)
     for part in ("student", "projector", "predictor", "teacher"):
-        names = [name for name in start if name.startswith(f"{part}.")]
+        names = [name for name in start if name.startswith(f"{part}.") and not name.endswith(ends)]
         change = sum((replayed[name] - start[name]).square().sum() for name in names).sqrt()
         difference = sum((trained[name] - replayed[name]).square().sum() for name in names).sqrt()
-        assert difference < 0.01 * change, (part, difference, change)
+        assert difference < 1e-3 * change, (part, difference, change)

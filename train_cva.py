@@ -27,7 +27,7 @@ import training.shared_cpu  # noqa: F401
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -151,9 +151,9 @@ def build_model(recipe: CVARecipe) -> ConsistentViewAlignment:
     return ConsistentViewAlignment(student, objective, terms, teacher, *heads, recipe.train.precision)
 
 
-def build_stream(files: list, recipe: CVARecipe) -> SampleStream:
+def build_stream(volumes: Sequence, recipe: CVARecipe) -> SampleStream:
     return SampleStream(
-        files,
+        volumes,
         recipe.seed,
         recipe.data.spacing,
         **recipe.views.model_dump(),
@@ -191,7 +191,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
     run = Run(launch, recipe, model, cost, describe(recipe))
     print_banner(run)
     results = partial(write_results, run, recipe)
-    run.start(build_stream(run.files, recipe))
+    run.start(build_stream(run.volumes, recipe))
     for step in run.steps():
         for samples in run.micro_batches():
             run.backward(make_batch(samples, run.device, recipe))

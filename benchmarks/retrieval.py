@@ -18,13 +18,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.script_runs import in_new_process, train
-from data.demo import demo_volume
-from data.prepared import prepare_volumes
+from data.manifest import read_manifest
+from data.store import PreparedVolumes
 from data.stream import SampleStream, stack_views
 from losses.cells import sample_cells
 from losses.cva import cell_retrieval
 from models import dense_features
 from train_cva import CVARecipe, build_model, build_stream, make_batch
+from training.preparation import prepare_data
 from training.recipe import load_recipe
 from training.run import Run
 
@@ -61,9 +62,9 @@ def curve(overrides: list[str], every: int, samples: int, prepared: Path) -> dic
 
 def _curve(overrides: list[str], every: int, samples: int, prepared: Path) -> dict[int, float]:
     recipe = load_recipe(DEMO, overrides, CVARecipe)
-    files, _ = prepare_volumes([demo_volume()], prepared, recipe.data.orientation, recipe.data.spacing, workers=1)
+    volumes = PreparedVolumes(read_manifest(prepare_data(None, prepared, recipe, resumes=False)))
     model = build_model(recipe)  # as the run will begin with
-    found = {0: measure(model.student.features.encoder, build_stream(files, recipe), recipe, samples)}
+    found = {0: measure(model.student.features.encoder, build_stream(volumes, recipe), recipe, samples)}
 
     def look(run: Run, recipe: CVARecipe, step: int) -> None:
         found[step] = measure(run.model.student.features.encoder, run.stream, recipe, samples)

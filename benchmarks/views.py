@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.intensity import change_intensity
 from data.resampling import cut_views
+from data.store import StoredVolume
 from data.stream import MicroBatches, SampleStream, stack_views
 from train_cva import CVARecipe, build_stream, make_batch
 from training.recipe import load_recipe
@@ -36,14 +37,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = ("read and draw", "copy to the device", "cut_views", "change_intensity")
 
 
-def write_volumes(folder: Path, count: int, size: int) -> list[Path]:
-    """Smooth noise with some grain, of mean 0 and standard deviation 1."""
+def write_volumes(folder: Path, count: int, size: int) -> list[StoredVolume]:
+    """Smooth noise with some grain, of mean 0 and standard deviation 1, as prepared volumes are kept."""
     files = [folder / f"{number}.npy" for number in range(count)]
     for file in files:
         coarse = torch.randn(1, 1, *[max(2, size // 8)] * 3)
         volume = F.interpolate(coarse, size=(size,) * 3, mode="trilinear")[0, 0] + 0.1 * torch.randn(size, size, size)
-        np.save(file, ((volume - volume.mean()) / volume.std()).numpy())
-    return files
+        np.save(file, ((volume - volume.mean()) / volume.std()).half().numpy())
+    return [StoredVolume(file) for file in files]
 
 
 def numbers(recipe: CVARecipe, batches: int) -> Iterator[list[int]]:
@@ -86,8 +87,8 @@ def check(stream: SampleStream, indices: list[int], recipe: CVARecipe) -> None:
     assert torch.equal(change_intensity(views, batch["intensity"]), make_batch(batch, DEVICE, recipe)["views"])
 
 
-def print_run(recipe: CVARecipe, files: list[Path], arguments: argparse.Namespace) -> None:
-    stream, (first, *rest) = build_stream(files, recipe), numbers(recipe, arguments.batches)
+def print_run(recipe: CVARecipe, volumes: list[StoredVolume], arguments: argparse.Namespace) -> None:
+    stream, (first, *rest) = build_stream(volumes, recipe), numbers(recipe, arguments.batches)
     check(stream, first, recipe)
     rounds = [seconds_of_parts(stream, indices, recipe) for indices in rest]
     columns = dict(zip(PARTS, zip(*rounds)))
@@ -120,12 +121,14 @@ def rows_of(recipe: CVARecipe) -> dict[str, list[str]]:
     return rows | {"everything": [*turned, *(f"{key}1" for key in changes)]}
 
 
-def print_parts(recipe: CVARecipe, files: list[Path], arguments: argparse.Namespace, overrides: list[str]) -> None:
+def print_parts(
+    recipe: CVARecipe, volumes: list[StoredVolume], arguments: argparse.Namespace, overrides: list[str]
+) -> None:
     print(f"\nSeconds a view, medians of {arguments.repeats} batches (and min-max)")
     print("|in every view|" + "|".join(PARTS) + "|all|\n|" + "-|" * (2 + len(PARTS)))
     for name, changed in rows_of(recipe).items():
         this = load_recipe(arguments.recipe, overrides + changed, CVARecipe)
-        stream, (first, *rest) = build_stream(files, this), numbers(this, arguments.repeats)
+        stream, (first, *rest) = build_stream(volumes, this), numbers(this, arguments.repeats)
         if DEVICE.type == "cuda":
             seconds_of_parts(stream, first, this)
         views = 2 * this.train.batch_size
@@ -152,10 +155,10 @@ def main() -> None:
     print(f"{name}, {arguments.threads} CPU threads, torch {torch.__version__}, volumes of {arguments.volume}^3")
     recipe = load_recipe(arguments.recipe, arguments.overrides, CVARecipe)
     with tempfile.TemporaryDirectory() as folder:
-        files = write_volumes(Path(folder), recipe.train.batch_size, arguments.volume)
-        print_run(recipe, files, arguments)
+        volumes = write_volumes(Path(folder), recipe.train.batch_size, arguments.volume)
+        print_run(recipe, volumes, arguments)
         if arguments.repeats:
-            print_parts(recipe, files, arguments, arguments.overrides)
+            print_parts(recipe, volumes, arguments, arguments.overrides)
 
 
 if __name__ == "__main__":

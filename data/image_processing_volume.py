@@ -1,6 +1,7 @@
 """The preparation of volumes as a processor that is saved beside the encoder and loaded with `AutoImageProcessor`.
 
-Needs nibabel, numpy, scipy, torch and transformers: this file and `nifti.py` are copied next to the weights.
+Needs nibabel, numpy, scipy, torch and transformers: this file, `nifti.py` and `volume.py` are
+copied next to the weights.
 """
 
 import nibabel as nib
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
-from .nifti import PLAUSIBLE_SPACING, prepare_array, read_volume
+from .nifti import read_volume
+from .volume import PLAUSIBLE_SPACING, prepare_array
 
 MOST_VOXELS = 2048  # an axis; a configuration file that asks for more is damaged
 

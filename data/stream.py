@@ -5,8 +5,8 @@ read blocks of volumes and draw all random numbers; `render` makes the voxels of
 """
 
 import signal
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
+from .store import PreparedVolumes, StoredVolume, UnreadableVolume
 from .views import alignment_points, draw_turn, sample_views
 
-PURPOSES = ("geometry", "turns", "mask", "intensity")  # generators of their own: chances of one do not move the rest
+# generators of their own: chances of one do not move the rest
+PURPOSES = ("geometry", "turns", "mask", "intensity", "replacement")
+MOST_REPLACEMENTS = 10  # volumes that cannot be read, one after the other
 
 
 class Batch(TypedDict):
@@ -36,7 +39,7 @@ class SampleStream(Dataset):
     """Pairs of views, their masks and the points at which to compare them. Volumes are drawn with replacement.
 
     Args:
-        files: prepared volumes (`prepare_volumes`), or volumes in memory `[X, Y, Z]`.
+        volumes: prepared ones, or volumes in memory `[X, Y, Z]`.
         spacing: mm of their voxels.
         crop_size: voxels, (X, Y, Z).
         overlap: range of the fraction of its volume that a crop shares with the other view.
@@ -52,7 +55,7 @@ class SampleStream(Dataset):
 
     def __init__(
         self,
-        files: list[Path] | list[np.ndarray],
+        volumes: PreparedVolumes | Sequence[np.ndarray],
         seed: int,
         spacing: tuple[float, ...],
         crop_size: tuple[int, ...],
@@ -68,7 +71,7 @@ class SampleStream(Dataset):
         samples_per_cell: tuple[int, ...],
         feature_stride: tuple[int, ...],
     ):
-        self.files = files
+        self.volumes = volumes
         self.seed = seed
         self.spacing = spacing
         self.crop_size = tuple(crop_size)
@@ -81,17 +84,36 @@ class SampleStream(Dataset):
         self.points = {"cells": cells, "samples_per_cell": samples_per_cell, "feature_stride": feature_stride}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Any number is a sample.
+        """Any number is a sample; where its volume cannot be read, it is one of another volume, always the same.
 
         Returns:
             For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
             `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity` and `pair`,
-            the number of the sample.
+            the number of the sample; and `unreadable`, a line for each volume that it could not be made of.
+
+        Raises:
+            OSError: if nothing can be read.
         """
-        seeds = [(self.seed, index, purpose) for purpose in range(len(PURPOSES))]
-        geometry, turns, masks = (np.random.default_rng(seed) for seed in seeds[:3])
-        volume = self.files[geometry.integers(len(self.files))]
-        volume = volume if isinstance(volume, np.ndarray) else np.load(volume, mmap_mode="r")
+        geometry, replacements = (np.random.default_rng(self._seed(index, p)) for p in ("geometry", "replacement"))
+        unreadable, number = [], int(geometry.integers(len(self.volumes)))
+        while len(unreadable) < MOST_REPLACEMENTS:
+            try:
+                if isinstance(self.volumes, PreparedVolumes):
+                    sample = self.volumes.read(number, partial(self._sample, index))
+                else:
+                    sample = self._sample(index, self.volumes[number])
+                return sample | {"unreadable": unreadable}
+            except UnreadableVolume as error:
+                unreadable.append(f"sample {index}: {error}")
+                number = int(replacements.integers(len(self.volumes)))
+        raise OSError(f"{MOST_REPLACEMENTS} volumes one after the other cannot be read; {unreadable[-1]}")
+
+    def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
+        return self.seed, index, PURPOSES.index(purpose)
+
+    def _sample(self, index: int, volume: StoredVolume | np.ndarray) -> dict[str, torch.Tensor]:
+        geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
+        geometry.integers(len(self.volumes))  # which volume
         shared = draw_turn(turns, self.shared, self.spacing)
         own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
         affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
@@ -105,7 +127,7 @@ class SampleStream(Dataset):
             "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in range(2)])),
             "points": points.float(),
             "inside": inside.expand(2, -1),
-            "intensity": draw_intensity(seeds[3], self.intensity),
+            "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity),
             "pair": torch.full((2,), index),
         }
 
@@ -118,8 +140,12 @@ class SampleStream(Dataset):
 
 def stack_views(samples: list[dict]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """Collate view-major: `B` samples of `[2, ...]` -> `[2B, ...]`, view 1 of all before view 2 of all."""
-    stacked = {k: torch.stack([s[k] for s in samples], dim=1).flatten(0, 1) for k in samples[0] if k != "block"}
-    return stacked | {"block": [s["block"][view] for view in range(2) for s in samples]}
+    tensors = [key for key, value in samples[0].items() if isinstance(value, torch.Tensor)]
+    return {
+        **{key: torch.stack([s[key] for s in samples], dim=1).flatten(0, 1) for key in tensors},
+        "block": [s["block"][view] for view in range(2) for s in samples],
+        "unreadable": [line for s in samples for line in s["unreadable"]],
+    }
 
 
 def render(

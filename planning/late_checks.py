@@ -9,15 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import psutil
 import torch
 
-from data.demo import demo_volume
-from data.nifti import find_volumes
-from data.prepared import prepared_file
+from data.manifest import read_manifest
 from data.stream import PREFETCHED
 from training.checkpoints import KEEP, complete_checkpoints
 from training.launch import Launch
+from training.preparation import is_prepared, list_data, preparation
 from training.recipe import Recipe
 from training.run_folder import RunFolder
 
@@ -34,12 +34,12 @@ def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], m
         crops: of a rank's micro-batch.
     """
     try:
-        paths = find_volumes(launch.data) if launch.data else [demo_volume()]
+        paths, missing = _raw_volumes(launch, recipe), ""
     except (ValueError, OSError) as error:
         paths, missing = [], str(error)
     checks: list[Callable[[], str]] = [
         lambda: check_batch(recipe, launch.ranks),
-        lambda: check_data(paths, recipe) if paths else _fail(missing),
+        lambda: _fail(missing) if missing else check_data(paths, recipe) if paths else check_prepared(launch, recipe),
         lambda: check_writable(launch.folder.path, "--output"),
         lambda: check_writable(launch.prepared, "--prepared"),
         lambda: check_disk(launch, paths, recipe, checkpoint_bytes(weights, recipe)),
@@ -65,6 +65,21 @@ def _fail(message: str) -> str:
 def check_batch(recipe: Recipe, ranks: int) -> str:
     recipe.check_ranks(ranks)
     return f"the batch of {recipe.train.batch_size} divides over {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def _raw_volumes(launch: Launch, recipe: Recipe) -> list[Path]:
+    """Those that the run would have to prepare: none of a prepared folder."""
+    if is_prepared(launch.data):
+        return []
+    listing = list_data(launch.data, recipe.data)
+    return [listing.root / source.path for source in listing.sources]
+
+
+def check_prepared(launch: Launch, recipe: Recipe) -> str:
+    manifest = read_manifest(launch.data)
+    if other := manifest.preparation.differences(preparation(recipe.data)):
+        raise ValueError(f"{launch.data} was prepared otherwise than the recipe says: {'; '.join(other)}")
+    return f"{len(manifest.volumes)} prepared volumes, {len(manifest.rejected)} left out"
 
 
 def check_data(paths: list[Path], recipe: Recipe) -> str:
@@ -130,7 +145,7 @@ def check_room(folder: RunFolder, checkpoint: int, more: float = 0) -> str:
 
 def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
     folder, prepared = launch.folder, launch.prepared
-    volumes = sum(_prepared_bytes(path, prepared, recipe) for path in paths)
+    volumes = 0 if is_prepared(prepared) else sum(_prepared_bytes(path, recipe) for path in paths)
     if _existing(folder.path).stat().st_dev == _existing(prepared).stat().st_dev:
         return check_room(folder, checkpoint, volumes)
     free = shutil.disk_usage(_existing(prepared)).free
@@ -142,17 +157,17 @@ def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: in
     return check_room(folder, checkpoint)
 
 
-def _prepared_bytes(path: Path, folder: Path, recipe: Recipe) -> float:
-    """At most: a volume is cropped to its non-zero box first. 0 if it is prepared already, or cannot be."""
+def _prepared_bytes(path: Path, recipe: Recipe) -> float:
+    """At most: a volume is cropped to its non-zero box first. 0 if it cannot be prepared."""
     found = _shape(path)
-    if found is None or prepared_file(path, folder, recipe.data.orientation, recipe.data.spacing).exists():
+    if found is None:
         return 0.0
     voxels = 1.0
     for size, old in zip(*found):
         voxels *= size * float(old)  # mm
     for new in recipe.data.spacing:
         voxels /= new
-    return 4 * voxels
+    return np.dtype(preparation(recipe.data).precision).itemsize * voxels
 
 
 def check_shared_memory(recipe: Recipe, crops: int, ranks: int, place: Path = Path("/dev/shm")) -> str:

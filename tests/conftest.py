@@ -15,6 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from data.manifest import Preparation, read_manifest
+from data.prepare import Job, prepare_folder
+from data.sources import Listing, Source, find_sources
+from data.store import PreparedVolumes
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 GPUS = torch.cuda.device_count()
@@ -60,6 +65,14 @@ TINY = [
     "run.checkpoint_every=2",
     "run.workers=0",
 ]
+
+
+def prepared(source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1) -> PreparedVolumes:
+    """The volumes of a folder, or one file, as a run has them."""
+    one = source.is_file()
+    listing = Listing(source.parent, [Source(source.name)], []) if one else find_sources(source)
+    assert prepare_folder(listing, Job(folder, listing.root, Preparation(orientation, spacing)), workers) == 0
+    return PreparedVolumes(read_manifest(folder))
 
 
 def save_nifti(path: Path, volume: np.ndarray, spacing=(1.0, 1.0, 1.0)) -> Path:

@@ -6,13 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import GPUS, ROOT, TINY, config, launch
-from test_data import make_stream
+from conftest import GPUS, ROOT, TINY, config, launch, prepared
 from test_models import batch, tiny_cva
+from test_stream import make_stream
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.nifti import find_volumes
-from data.prepared import prepare_volumes
 from data.stream import render, stack_views
 from training.metrics import read_metrics
 
@@ -24,10 +22,9 @@ BATCH_AND_OBJECTIVE = """
 import sys
 from pathlib import Path
 import torch
-from test_data import make_stream
+from test_stream import make_stream
 from test_models import PUBLISHED, batch, tiny_cva
-from data.prepared import prepare_volumes
-from data.nifti import find_volumes
+from conftest import prepared
 from data.stream import render, stack_views
 
 device = torch.device("cuda")
@@ -38,10 +35,11 @@ def without_waiting(compute):
     torch.cuda.set_sync_debug_mode("default")
     return result
 
-files, _ = prepare_volumes(find_volumes(Path(sys.argv[1])), Path(sys.argv[2]), "RAS", (1.0, 1.0, 1.0), workers=1)
+ready = prepared(Path(sys.argv[1]), Path(sys.argv[2]))
 for interpolation in ("linear", "cubic"):
-    stream = make_stream(files, 7, interpolation=interpolation)
+    stream = make_stream(ready, 7, interpolation=interpolation)
     samples = stack_views([stream[i] for i in range(6)])
+    assert not samples.pop("unreadable")
     samples = {k: [b.pin_memory() for b in v] if k == "block" else v.pin_memory() for k, v in samples.items()}
     arguments = (stream.crop_size, interpolation, "clean")
     expected = render(samples, torch.device("cpu"), *arguments)
@@ -91,8 +89,7 @@ def test_reading_back_is_noticed(read):
 
 @pytest.mark.parametrize("interpolation", ["linear", "cubic"])
 def test_a_batch_is_made_without_reading_back(volumes, tmp_path, interpolation):
-    files, _ = prepare_volumes(find_volumes(volumes), tmp_path, "RAS", (1.0, 1.0, 1.0), workers=1)
-    stream = make_stream(files, 7, interpolation=interpolation)
+    stream = make_stream(prepared(volumes, tmp_path), 7, interpolation=interpolation)
     samples = stack_views([stream[i] for i in range(6)])
     with NothingIsReadBack():
         render(samples, torch.device("cpu"), stream.crop_size, interpolation, "clean")

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data.files import flush
 from models.weight_files import checksum
 
-from .files import flush
 from .state import Piece
 
 FORMAT = 3  # of a checkpoint; 1 had no number, 2 no origin of first weights

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from data.files import write_whole
 from data.image_processing_volume import VolumeImageProcessor
 from models.warm_start import ENCODER_WEIGHTS
 
 from .facts import RunFacts
-from .files import write_whole
 from .metrics import read_metrics
 from .model_card import model_card
 from .report import draw_report, first_sample

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.nifti import find_volumes
-
 from .guards import end_at_once_if_asked
 from .recipe import Recipe
 from .run_folder import RunFolder, choose_folder
@@ -24,10 +22,14 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     add = parser.add_argument
     add("--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)")
     add("--recipe", type=Path, help="the experiment: a file of recipes/ (default: a small demo)")
-    add("--data", type=Path, help="folder of NIfTI files (default: the MNI152 T1 template of nilearn)")
+    add(
+        "--data",
+        type=Path,
+        help="volumes: a folder or an index that prepare_data.py reads, or what it made of one (default: MNI152 T1)",
+    )
     add("--data-description", metavar="TEXT", help="what these volumes are, for the model card")
     add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
-    add("--prepared", type=Path, help="folder of prepared volumes, to share it (default: OUTPUT/prepared)")
+    add("--prepared", type=Path, help="where to prepare raw volumes, to share it (default: OUTPUT/prepared)")
     add(
         "--init-from",
         metavar="PATH_OR_HUB_ID",
@@ -82,8 +84,8 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
             raise ValueError(
                 f"run.log_gradients needs whole weights on each rank, which {strategy.source} does not give"
             )
-        if arguments.data and first:  # last: a large folder takes its time, and other ranks do not wait
-            find_volumes(arguments.data)
+        if arguments.data and not arguments.data.exists():
+            raise ValueError(f"--data {arguments.data}: no such folder or file")
         if first:
             _say_what_is_default(recipe, bool(arguments.recipe), bool(arguments.data))
     return Launch(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .files import flush, write_whole
+from data.files import flush, write_whole
+
 from .recipe import Recipe
 
 BOOKKEEPING = (  # of a record; all else in it are losses and what is watched of them
@@ -22,7 +24,9 @@ BOOKKEEPING = (  # of a record; all else in it are losses and what is watched of
     "data_wait",
     "tflops",
     "skipped",
+    "unreadable",
 )
+WINDOW = 1000  # samples, of which data.max_bad_share at most may be unreadable
 
 
 class Metrics:
@@ -32,13 +36,24 @@ class Metrics:
         path: `metrics.jsonl`; records after `first_step` are dropped, they are about to be written again.
         flops: floating point operations of one step over all ranks.
         tracks: whether the tracker could be started.
+        group: of all ranks, on the host.
     """
 
     def __init__(
-        self, accelerator: Accelerator, path: Path, first_step: int, recipe: Recipe, flops: float, tracks: bool
+        self,
+        accelerator: Accelerator,
+        path: Path,
+        first_step: int,
+        recipe: Recipe,
+        flops: float,
+        tracks: bool,
+        group: torch.distributed.ProcessGroup,
     ):
         self.accelerator, self.path, self.train, self.flops = accelerator, path, recipe.train, flops
-        self.tracks = tracks
+        self.tracks, self.group = tracks, group
+        self.most_unreadable = recipe.data.max_bad_share * WINDOW
+        self.unreadable: list[str] = []  # of this rank since the last log
+        self.unreadable_before: list[tuple[int, int]] = []  # of all ranks: step, and how many until then
         self.bar = tqdm(
             total=recipe.train.steps,
             initial=first_step,
@@ -80,15 +95,23 @@ class Metrics:
         if self.micro_batches % self.train.accumulate == 0:
             self.bar.update()
 
+    def add_unreadable(self, lines: list[str]) -> None:
+        """Note volumes that could not be read; their samples were made of others."""
+        self.unreadable += lines
+
     def log(self, step: int, learning_rate: float, grad_norm: float | torch.Tensor, skipped: int) -> None:
         """Write the record of the steps up to `step`; what is not finite is left out of it.
 
         Args:
             skipped: steps since the run began, as far as known.
+
+        Raises:
+            ValueError: on all ranks, if too many samples could not be read.
         """
         keys = sorted(self.sums)
-        sums, counts = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").unbind(1)
-        means = (sums / counts).tolist()
+        unreadable = torch.tensor([len(self.unreadable), 1.0], device=self.accelerator.device)
+        sums = self.accelerator.reduce(torch.stack([*(self.sums[key] for key in keys), unreadable]), "sum")
+        *means, unreadable = (sums[:, 0] / sums[:, 1]).tolist()
         elapsed = time.perf_counter() - self.started
         seconds = elapsed * self.train.accumulate / self.micro_batches
         record = {"step": step, **dict(zip(keys, means))}
@@ -102,6 +125,8 @@ class Metrics:
             "skipped": skipped,
         }
         record = {key: value for key, value in record.items() if math.isfinite(value)}
+        if unreadable:
+            record["unreadable"] = self._gather_unreadable(step)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -111,12 +136,29 @@ class Metrics:
                 f"{record['volumes_per_second']:.1f} vol/s data {100 * record['data_wait']:.0f}%"
             )
         self._start_interval()
+        if sum(count for _, count in self.unreadable_before) > self.most_unreadable:
+            raise ValueError(
+                f"{sum(count for _, count in self.unreadable_before)} of the last {WINDOW} samples could not be read, "
+                f"more than data.max_bad_share allows: mend the files that {self.path} names, and go on from the last "
+                "checkpoint with --resume auto"
+            )
+
+    def _gather_unreadable(self, step: int) -> list[str]:
+        ranks: list = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(ranks, self.unreadable, group=self.group)
+        lines, self.unreadable = sorted(line for rank in ranks for line in rank), []
+        for line in lines:
+            self.accelerator.print(f"replaced    {line}", file=sys.stderr)
+        recent = [(s, n) for s, n in self.unreadable_before if (step - s) * self.train.batch_size < WINDOW]
+        self.unreadable_before = [*recent, (step, len(lines))]
+        return lines
 
     def _track(self, record: dict[str, float]) -> None:
         if not self.tracks:
             return
         try:
-            self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+            numbers = record | {"unreadable": len(record.get("unreadable", []))}
+            self.accelerator.log({key: value for key, value in numbers.items() if key != "step"}, step=record["step"])
         except Exception as error:  # whatever a tracker's network does, training goes on
             self.tracks = False
             warnings.warn(f"the tracker stopped ({error}): metrics.jsonl has all that it misses", stacklevel=2)

@@ -1,41 +1,87 @@
 """Volumes made ready before the first step; what cannot be used is named and counted."""
 
-import hashlib
 from pathlib import Path
 
 import joblib
 import numpy as np
 
 from data.demo import demo_volume
-from data.nifti import find_volumes
-from data.prepared import prepare_volumes
+from data.manifest import NAME, Manifest, Preparation, read_manifest
+from data.prepare import Job, prepare_folder
+from data.sources import Listing, Source, find_sources
 
 from .recipe import Recipe
+from .recipe_sections import Data
+
+SHOWN = 20  # files left out that are named
 
 
-def prepare_data(data: Path | None, folder: Path, recipe: Recipe) -> tuple[list[Path], str]:
-    """Prepared volumes, and a fingerprint of the files that they come from.
+def preparation(data: Data) -> Preparation:
+    return Preparation(data.orientation, data.spacing)
 
-    Args:
-        data: searched for volumes; None for the demo's.
-        folder: of prepared volumes.
+
+def is_prepared(folder: Path | None) -> bool:
+    return folder is not None and (folder / NAME).exists()
+
+
+def list_data(data: Path | None, numbers: Data) -> Listing:
+    """The volumes below a folder, or in an index; None for the demo's.
 
     Raises:
-        ValueError: if too many files cannot be used.
+        ValueError: if there are none.
     """
-    paths, numbers = find_volumes(data) if data else [demo_volume()], recipe.data
-    files, bad = prepare_volumes(paths, folder, numbers.orientation, numbers.spacing, joblib.cpu_count())
-    for path, reason in bad:
-        print(f"left out    {path}: {reason}")
-    if len(bad) > numbers.max_bad_share * len(paths) or not files:
+    if data is None:
+        return Listing(demo_volume().parent, [Source(demo_volume().name)], [])
+    try:
+        return find_sources(data, numbers.include, numbers.exclude)
+    except ValueError as error:
+        raise ValueError(f"--data {error}") from None
+
+
+def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool) -> Path:
+    """The folder with the manifest to train on: `data`, if it is one; else `folder`, where `data` is prepared.
+
+    Args:
+        data: raw volumes, or a folder of `prepare_data.py`; None for the demo's.
+        folder: of volumes that runs prepare themselves.
+        resumes: what was once prepared is taken as it is, whether its source has changed or is gone.
+
+    Raises:
+        ValueError: if too many files cannot be used, or they were prepared for another recipe.
+    """
+    if is_prepared(data):
+        folder = data
+    elif not (resumes and is_prepared(folder)):
+        job = Job(folder, (listing := list_data(data, recipe.data)).root, preparation(recipe.data))
+        left = prepare_folder(listing, job, joblib.cpu_count())
+        assert not left
+    manifest = read_manifest(folder)
+    if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(
-            f"{len(bad)} of {len(paths)} files cannot be used, more than data.max_bad_share={numbers.max_bad_share:g}: "
-            "mend or remove the files listed above, or raise data.max_bad_share"
+            f"{folder} was prepared otherwise than the recipe says ({'; '.join(other)}): set data.spacing and "
+            "data.orientation as they were, or prepare again into another folder"
         )
-    small = [f for f in files if any(np.array(np.load(f, mmap_mode="r").shape) < recipe.views.crop_size)]
-    print(f"data        {len(files)} volume{'s' if len(files) > 1 else ''}, {len(bad)} left out")
-    if small:
-        print(f"small       {len(small)} are smaller than the crop and are padded with 0, such as {small[0].name}")
-    used = sorted(set(paths) - {path for path, _ in bad})
-    facts = [f"{path.relative_to(data or path.parent)} {path.stat().st_size}" for path in used]
-    return files, hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    _say_what_there_is(manifest, recipe)
+    return folder
+
+
+def _say_what_there_is(manifest: Manifest, recipe: Recipe) -> None:
+    """Raise ValueError if too much is left out."""
+    volumes, rejected = manifest.volumes, manifest.rejected.to_pylist()
+    bad = [row for row in rejected if row["is_bad"]]
+    for row in bad[:SHOWN]:
+        print(f"left out    {row['source']}: {row['reason']}")
+    if len(bad) > SHOWN:
+        print(f"            and {len(bad) - SHOWN} more: {manifest.folder / NAME} has them all")
+    if len(bad) > recipe.data.max_bad_share * (len(bad) + len(volumes)) or not len(volumes):
+        raise ValueError(
+            f"{len(bad)} of {len(bad) + len(volumes)} files cannot be used, more than data.max_bad_share="
+            f"{recipe.data.max_bad_share:g}: mend or remove the files listed above, or raise data.max_bad_share"
+        )
+    others = f", {len(rejected) - len(bad)} that are no images" if len(bad) < len(rejected) else ""
+    print(f"data        {len(volumes)} volume{'s' * (len(volumes) > 1)}, {len(bad)} left out{others}")
+    shapes = volumes["shape"].combine_chunks().flatten().to_numpy().reshape(-1, 3)
+    small = np.flatnonzero((shapes < recipe.views.crop_size).any(axis=1))
+    if len(small):
+        first = volumes["source"][int(small[0])]
+        print(f"small       {len(small)} are smaller than the crop and are padded with 0, such as {first}")

@@ -9,10 +9,10 @@ from typing import Annotated, Any, TypeVar, Union
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from data.files import write_whole
 from models import ARCHITECTURES
 from models.section import Section
 
-from .files import write_whole
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
 Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP007
@@ -88,6 +88,41 @@ def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
         ValueError: with one line that names the key and the remedy.
     """
     numbers = _read(path, kind)
+    _override(numbers, overrides)
+    if not {"method", "run"} & numbers.keys():
+        raise ValueError(
+            f"--recipe {path} was written for an earlier version of this project: it needs `method` and the section "
+            "`run`, as the files of recipes/ have them"
+        )
+    (wanted,) = kind.model_fields["method"].annotation.__args__
+    if (method := numbers.get("method", wanted)) != wanted:
+        raise ValueError(
+            f"--recipe {path} is of the method {method}, for train_{method}.py: run that script, or choose a recipe "
+            f"of the method {wanted}"
+        )
+    try:
+        return kind.model_validate(numbers)
+    except ValidationError as error:
+        raise ValueError("; ".join(dict.fromkeys(_readable(e, kind) for e in error.errors()))) from None
+
+
+def load_data_section(path: Path, overrides: list[str]) -> Data:
+    """The section `data` of a recipe of any method; otherwise as `load_recipe`."""
+    if foreign := [override for override in overrides if not override.startswith("data.")]:
+        raise ValueError(f"{foreign[0]}: only numbers of the section data matter here, such as data.spacing=[1,1,1]")
+    numbers = _read(path, Recipe)
+    _override(numbers, overrides)
+    try:
+        return _OnlyData.model_validate({"data": numbers.get("data")}).data
+    except ValidationError as error:
+        raise ValueError("; ".join(dict.fromkeys(_readable(e, _OnlyData) for e in error.errors()))) from None
+
+
+class _OnlyData(Section):
+    data: Data
+
+
+def _override(numbers: dict, overrides: list[str]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -104,21 +139,6 @@ def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
             place[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ValueError(f"{key}: cannot read the value {value!r}") from None
-    if not {"method", "run"} & numbers.keys():
-        raise ValueError(
-            f"--recipe {path} was written for an earlier version of this project: it needs `method` and the section "
-            "`run`, as the files of recipes/ have them"
-        )
-    (wanted,) = kind.model_fields["method"].annotation.__args__
-    if (method := numbers.get("method", wanted)) != wanted:
-        raise ValueError(
-            f"--recipe {path} is of the method {method}, for train_{method}.py: run that script, or choose a recipe "
-            f"of the method {wanted}"
-        )
-    try:
-        return kind.model_validate(numbers)
-    except ValidationError as error:
-        raise ValueError("; ".join(dict.fromkeys(_readable(e, kind) for e in error.errors()))) from None
 
 
 def _read(path: Path, kind: type[Recipe], seen: tuple[Path, ...] = ()) -> dict:

@@ -12,7 +12,9 @@ Angle = Annotated[float, Field(ge=0, le=180)]
 class Data(Section):
     orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
-    max_bad_share: Share  # more unusable files than this stop the run
+    include: list[str]  # patterns of paths or names, such as "*_T1w.nii.gz"; [] for all that looks like an image
+    exclude: list[str]
+    max_bad_share: Share  # more unusable files, or of the last 1,000 samples, than this stop the run
 
     @field_validator("orientation")
     @classmethod

@@ -1,7 +1,7 @@
 """The engine of a pretraining loop, once for all methods; the loop itself stays visible in each script.
 
 run = Run(launch, recipe, model, cost, method)   # ranks, folder and lock, first weights, prepared volumes
-run.start(build_stream(run.files, recipe))   # optimiser, sharding, resume, loader, guards
+run.start(build_stream(run.volumes, recipe))   # optimiser, sharding, resume, loader, guards
 for step in run.steps():
     for samples in run.micro_batches():
         run.backward(make_batch(samples, run.device, recipe))
@@ -23,6 +23,8 @@ from accelerate import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from data.manifest import read_manifest
+from data.store import PreparedVolumes
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
@@ -118,16 +120,17 @@ class Run:
         if recipe.run.compile:
             compile_blocks(model, launch.strategy)
 
-        prepare = partial(prepare_data, launch.data, launch.prepared, recipe)
-        self.files, fingerprint = from_main_rank(self.group, prepare)
+        prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
+        manifest = read_manifest(from_main_rank(self.group, prepare))
+        self.volumes = PreparedVolumes(manifest)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
         self.facts = RunFacts(
             method,
             numbers,
-            data=fingerprint,
-            volumes=len(self.files),
+            data=manifest.fingerprint(),
+            volumes=len(self.volumes),
             ranks=self.ranks,
             engine=engine,
             init_from=init_from,
@@ -157,7 +160,7 @@ class Run:
         self.share = batches.share
         self.loader = iter(make_loader(stream, batches, recipe.run.workers, pin_memory=self.device.type == "cuda"))
         flops = self.cost.flops * self.ranks * accumulate
-        self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks)
+        self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks, self.group)
         self.metrics.load(own)
         self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background, self.group)
         self.background, self.checkpoints = Background(self.print), 0
@@ -185,6 +188,7 @@ class Run:
             asked = time.perf_counter()
             samples = next(self.loader)
             self.waited = time.perf_counter() - asked
+            self.metrics.add_unreadable(samples.pop("unreadable"))
             yield samples
 
     def backward(self, batch: dict[str, torch.Tensor]) -> None:

@@ -42,9 +42,9 @@ def build_model(recipe):
     return Brightness(student, brightness_objective, {"brightness": recipe.brightness.weight}, recipe.train.precision)
 
 
-def build_stream(files, recipe):
+def build_stream(volumes, recipe):
     return SampleStream(
-        files,
+        volumes,
         recipe.seed,
         recipe.data.spacing,
         **recipe.views.model_dump(),
@@ -80,7 +80,7 @@ def main(arguments):
     run = Run(launch, recipe, model, cost, METHOD)
     print_banner(run)
     results = partial(write_results, run, recipe)
-    run.start(build_stream(run.files, recipe))
+    run.start(build_stream(run.volumes, recipe))
     for step in run.steps():
         for samples in run.micro_batches():
             run.backward(make_batch(samples, run.device, recipe))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,11 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file beside this one, then put it in this one's place: whole, or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    """Let `fill` write a file beside this one, then put it in this one's place: whole, or not at all.
+
+    Several processes may write the same file at once: one of them wins.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         fill(temporary)
         flush(temporary)

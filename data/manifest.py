@@ -1,0 +1,117 @@
+"""The manifest of a folder of prepared volumes: `manifest.parquet`, a row a volume, the truth that runs go by."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .files import write_whole
+
+NAME = "manifest.parquet"
+FORMAT = 1  # of the rows and of what the numbers in them mean
+
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),  # path below the folder of raw volumes
+        ("source_bytes", pa.int64()),
+        ("source_modified", pa.int64()),  # ns
+        ("reason", pa.string()),  # why it is left out; null for a volume
+        ("is_bad", pa.bool_()),  # whether for a fault of the file, not for being something else than an image
+        ("dataset", pa.string()),
+        ("subject", pa.string()),
+        ("session", pa.string()),
+        ("modality", pa.string()),
+        ("file", pa.string()),  # below the manifest's folder
+        ("bytes", pa.int64()),
+        ("checksum", pa.string()),  # SHA-256
+        ("shape", pa.list_(pa.int32())),  # [3]
+        ("spacing", pa.list_(pa.float64())),  # [3], mm
+        ("source_shape", pa.list_(pa.int32())),  # [3]
+        ("source_affine", pa.list_(pa.float64())),  # [4, 4], source voxel -> mm in the scanner
+        ("prepared_to_source", pa.list_(pa.float64())),  # [3, 4], prepared voxel -> source voxel
+        ("source_mean", pa.float64()),  # of the box's voxels, as is
+        ("source_std", pa.float64()),
+        ("source_percentiles", pa.list_(pa.float32())),  # [7], PERCENTILES of the box's voxels, as is
+        ("foreground_threshold", pa.float32()),  # prepared voxels above are foreground
+        ("foreground_share", pa.float32()),
+        ("foreground_mean", pa.list_(pa.float64())),  # [3], of its voxels' places, in prepared voxels
+        ("foreground_std", pa.list_(pa.float64())),
+        ("label", pa.string()),  # the prepared map of labels, below the manifest's folder
+        ("label_checksum", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How volumes were prepared; two folders of one preparation hold the same numbers."""
+
+    orientation: str
+    spacing: tuple[float, float, float]  # mm
+    precision: str = "float16"
+
+    def differences(self, other: "Preparation") -> list[str]:
+        then, now = asdict(self), asdict(other)
+        return [f"{key} {then[key]} is not {now[key]}" for key in then if then[key] != now[key]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    folder: Path  # where it lies now
+    table: pa.Table  # of SCHEMA, sorted by source
+    preparation: Preparation
+    root: str  # of the raw volumes, when they were prepared
+
+    @property
+    def volumes(self) -> pa.Table:
+        """The rows that can be trained on."""
+        return self.table.filter(self.table["reason"].is_null())
+
+    @property
+    def rejected(self) -> pa.Table:
+        return self.table.filter(self.table["reason"].is_valid())
+
+    def fingerprint(self) -> str:
+        """Of what there is to train on: the same after a move, a copy, or on another mount."""
+        text = json.dumps([FORMAT, asdict(self.preparation)]) + "\n".join(self.volumes["checksum"].to_pylist())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str) -> None:
+    rows = sorted(rows, key=lambda row: row["source"])
+    facts = {"format": FORMAT, "root": root, **asdict(preparation)}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
+    write_whole(folder / NAME, lambda file: pq.write_table(table, file))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Open the manifest of a folder of prepared volumes.
+
+    Raises:
+        ValueError: if there is none, or it is damaged or of another version.
+    """
+    path = folder / NAME
+    try:
+        table = pq.read_table(path)
+        facts = json.loads(table.schema.metadata[b"preparation"])
+        made_by, root = facts.pop("format"), facts.pop("root")
+        if made_by == FORMAT:
+            preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
+            return Manifest(folder, table.cast(SCHEMA), preparation, root)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged ({why}): remove it and run prepare_data.py again") from None
+    raise ValueError(f"{path} is of another version of this project: run prepare_data.py again, into a new folder")
+
+
+def affine(row: dict[str, Any]) -> np.ndarray:
+    """`prepared_to_source` of a row as a matrix `[3, 4]`, from prepared voxel to the source's voxel."""
+    return np.reshape(row["prepared_to_source"], (3, 4))

@@ -1,0 +1,139 @@
+"""What is done to a volume once it is read: box, z-score, resampling. Goes to the Hub with the processor."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import zoom
+
+PLAUSIBLE_SPACING = (0.01, 50.0)  # mm; beyond, the header is wrong or in another unit
+ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
+LARGEST_VOLUME = 10**9  # voxels of a prepared one, 4 GB; a whole body at 1 mm has a fifth of them
+NEGLIGIBLE = 1e-12  # of a spline's weights, which fall off for ever; denormal numbers are 10 times slower to multiply
+MOST_LABELS = 1024  # different values; FreeSurfer's maps have some hundred
+ALIKE = 0.6  # share of neighbours of one value above which a volume is a map of labels
+
+
+class BadVolume(ValueError):
+    """A file that cannot be used for training; the message says why, in one line."""
+
+
+class NotAnImage(BadVolume):
+    """A sound file of something else."""
+
+
+class Prepared(NamedTuple):
+    voxels: np.ndarray  # float32 [X, Y, Z], of mean 0 and standard deviation 1 before resampling
+    box: tuple[slice, slice, slice]  # of the volume that it was cut from
+    to_box: np.ndarray  # [3, 4], from its voxels to the box's
+    mean: float  # of the box's voxels, as is
+    std: float
+
+
+def prepare_array(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """`prepare` for the encoder alone: float32 `[X, Y, Z]`."""
+    return prepare(volume, old_spacing, spacing).voxels
+
+
+def prepare(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, float, float]) -> Prepared:
+    """Crop a volume to its non-zero box, z-score it, resample it: what is left to do once it is oriented.
+
+    Args:
+        volume: `[X, Y, Z]`, the axes as the encoder wants them.
+        old_spacing: its voxel size in mm, (X, Y, Z).
+        spacing: voxel size of the result in mm.
+
+    Raises:
+        BadVolume: if it is not 3D, constant, of an impossible spacing or size, or has NaN or infinite voxels.
+    """
+    volume, old_spacing = np.asarray(volume, dtype=np.float32), np.asarray(old_spacing, dtype=float)
+    if volume.ndim != 3 or min(volume.shape) < 2:
+        raise BadVolume(f"shape {volume.shape} is not a 3D volume")
+    if old_spacing.shape != (3,) or not all(PLAUSIBLE_SPACING[0] <= s <= PLAUSIBLE_SPACING[1] for s in old_spacing):
+        raise BadVolume(f"its voxel size {old_spacing.tolist()} is not a size in mm; mend the header")
+    if not np.isfinite(volume).all():
+        raise BadVolume(f"{int((~np.isfinite(volume)).sum())} voxels are NaN or infinite")
+    box = _nonzero_box(volume)
+    volume = volume[box]
+    mean, std = float(volume.mean(dtype=np.float64)), float(volume.std(dtype=np.float64))
+    if std < 1e-8:
+        raise BadVolume("all voxels are the same")
+    shape = _shape_at(volume.shape, old_spacing, np.asarray(spacing))
+    volume = (volume - np.float32(mean)) / np.float32(std)
+    scale = np.divide(volume.shape, shape)  # voxel i spans [i - .5, i + .5], so both grids begin at -.5
+    to_box = np.column_stack([np.diag(scale), (scale - 1) / 2])
+    return Prepared(np.ascontiguousarray(_resample(volume, old_spacing, shape)), box, to_box, mean, std)
+
+
+def prepare_labels(labels: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A map of labels on the grid of its prepared volume: the nearest label, in the smallest integer type.
+
+    Args:
+        labels: `[X, Y, Z]`, the axes as the encoder wants them.
+        box, shape: `Prepared.box` of the volume, and the shape of its voxels.
+
+    Raises:
+        BadVolume: if labels are not whole numbers.
+    """
+    labels = labels[box]
+    if not np.array_equal(labels, np.round(labels)):
+        raise BadVolume("its labels are not whole numbers")
+    nearest = [np.minimum(((np.arange(n) + 0.5) * m / n).astype(int), m - 1) for n, m in zip(shape, labels.shape)]
+    labels = labels[np.ix_(*nearest)]
+    kind = np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max())))
+    return labels.astype(kind)
+
+
+def is_label_map(voxels: np.ndarray) -> bool:
+    """Whether a volume is a mask or a map of labels: few whole numbers, and neighbours mostly the same."""
+    few = voxels[::4, ::4, ::4]
+    if not np.array_equal(few, np.round(few)) or len(np.unique(few)) > MOST_LABELS:
+        return False
+    slabs = voxels[::4]
+    values, counts = np.unique(slabs, return_counts=True)
+    if len(values) > MOST_LABELS or not np.array_equal(values, np.round(values)):
+        return False
+    inside = slabs != values[counts.argmax()]  # the background of an image is the same everywhere, too
+    pairs = inside[..., 1:] & inside[..., :-1]
+    alike = (slabs[..., 1:] == slabs[..., :-1]) & pairs
+    return bool(alike.sum() > ALIKE * pairs.sum())
+
+
+def _nonzero_box(volume: np.ndarray) -> tuple[slice, slice, slice]:
+    """All of a volume that is zero throughout."""
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, volume.shape[axis]))
+    return tuple(box)
+
+
+def _shape_at(shape: tuple[int, ...], old: np.ndarray, new: np.ndarray) -> tuple[int, ...]:
+    resized = np.maximum(np.round(shape * old / new), 1).astype(int)
+    if np.prod(resized, dtype=float) > LARGEST_VOLUME:
+        raise BadVolume(
+            f"it would have {' x '.join(map(str, resized))} voxels of {' x '.join(f'{s:g}' for s in new)} mm: are its "
+            f"{' x '.join(f'{s:g}' for s in old)} mm right?"
+        )
+    return tuple(resized.tolist())
+
+
+def _resample(volume: np.ndarray, old: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Cubic splines; the coarse axis of strongly anisotropic volumes takes the nearest slice.
+
+    What `scipy.ndimage.zoom` does along an axis is linear, so its answer to unit vectors is a matrix, and the same
+    numbers come from matrix products some 20 times sooner.
+    """
+    orders = np.where(old / old.min() > ANISOTROPIC, 0, 3)
+    volume = np.ascontiguousarray(volume)
+    for axis in np.argsort(np.divide(shape, volume.shape)):  # first what makes it smaller
+        size = volume.shape[axis]
+        if shape[axis] == size:
+            continue
+        factors = (shape[axis] / size, 1)
+        matrix = zoom(np.eye(size), factors, order=orders[axis], mode="nearest", grid_mode=True)
+        matrix = np.where(np.abs(matrix) < NEGLIGIBLE, 0, matrix).astype(np.float32)
+        if axis == 0:
+            volume = (matrix @ volume.reshape(size, -1)).reshape(-1, *volume.shape[1:])
+        else:
+            volume = matrix @ volume if axis == 1 else volume @ matrix.T
+    return volume

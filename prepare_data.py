@@ -1,0 +1,80 @@
+"""Prepare volumes for pretraining, once: oriented, cropped, normalised, resampled, in half precision.
+
+    python prepare_data.py SOURCE --output PREPARED
+    accelerate launch train_cva.py --config ds_configs/zero2.json --recipe recipes/primus_m.yaml --data PREPARED
+
+SOURCE is a folder of .nii or .nii.gz files in any layout (BIDS, FOMO, Decathlon and nnU-Net are read as such), nnssl's
+pretrain_data.json, or a table (.csv, .tsv) with a column `path` and, if known, `subject`, `session`, `modality`,
+`dataset`, `label`. Masks, derivatives and localizers are left out; data.include and data.exclude choose further:
+
+    python prepare_data.py SOURCE --output PREPARED 'data.include=["*_T1w.nii.gz"]'
+
+How to prepare is the section `data` of a recipe (--recipe; default: that of recipes/primus_m.yaml, 1 mm), which must be
+the one that is trained with. On many machines, each takes a share; the last one to end completes the folder:
+
+    sbatch --array=0-63 --wrap 'python prepare_data.py SOURCE --output PREPARED --shard $SLURM_ARRAY_TASK_ID/64'
+
+Stopped or killed? Run the same command again: what is there stays. PREPARED can be moved and copied; SOURCE is not
+needed any more. PREPARED/manifest.parquet has a row a volume, and the reason for each file that was left out.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import joblib
+import psutil
+
+from data.manifest import read_manifest
+from data.prepare import MEMORY, Job, prepare_folder
+from data.sources import find_sources
+from training.command_line import run as run_script
+from training.preparation import preparation
+from training.recipe import load_data_section
+
+RECIPE = Path(__file__).resolve().parent / "recipes" / "primus_m.yaml"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="the volumes: a folder, a pretrain_data.json, a .csv or .tsv")
+    add("--output", type=Path, required=True, metavar="PREPARED", help="folder to fill, or to go on filling")
+    add("--recipe", type=Path, default=RECIPE, help="whose section `data` says how (default: recipes/primus_m.yaml)")
+    add("--labels", type=Path, help="folder of the maps of labels that go with the volumes, to prepare them alike")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
+    add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
+    add("--verify", action="store_true", help="prepare again what no longer has the checksum that it had")
+    add("overrides", nargs="*", metavar="data.KEY=VALUE", help="numbers of the recipe to change")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, shards = text.partition("/")
+    if not (slash and number.isdigit() and shards.isdigit() and int(number) < int(shards)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with I from 0 to N - 1, such as 0/8")
+    return int(number), int(shards)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    numbers = load_data_section(arguments.recipe, arguments.overrides)
+    listing = find_sources(arguments.source, numbers.include, numbers.exclude, arguments.labels)
+    print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+    job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
+    cores = min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
+    left = prepare_folder(listing, job, arguments.workers or cores, arguments.shard, arguments.verify)
+    if left:
+        print(f"not yet     {left} volumes are left to other shards, or to this one after them")
+        return
+    manifest = read_manifest(arguments.output)
+    volumes, rejected = manifest.volumes, manifest.rejected
+    print(f"prepared    {len(volumes)} volumes, {sum(volumes['bytes'].to_pylist()) / 1e9:.2f} GB in {arguments.output}")
+    for reason, count in Counter(rejected["reason"].to_pylist()).most_common(10):
+        print(f"left out    {count}: {reason}")
+    if not len(volumes):
+        sys.exit("prepare_data.py: none of the files can be used")
+
+
+if __name__ == "__main__":
+    run_script(__file__, lambda: main(parse_arguments()))

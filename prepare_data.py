@@ -5,7 +5,8 @@
 
 SOURCE is a folder of .nii or .nii.gz files in any layout (BIDS, FOMO, Decathlon and nnU-Net are read as such), nnssl's
 pretrain_data.json, or a table (.csv, .tsv) with a column `path` and, if known, `subject`, `session`, `modality`,
-`dataset`, `label`. Masks, derivatives and localizers are left out; data.include and data.exclude choose further:
+`dataset`, `label`; or a data set of the Hugging Face Hub with a column of type Nifti, ORG/NAME[@REVISION], which is
+streamed. Masks, derivatives and localizers are left out; data.include and data.exclude choose further:
 
     python prepare_data.py SOURCE --output PREPARED 'data.include=["*_T1w.nii.gz"]'
 
@@ -26,11 +27,12 @@ from pathlib import Path
 import joblib
 import psutil
 
+from data.hub import HubDataset, is_streamed
 from data.manifest import read_manifest
-from data.prepare import MEMORY, Job, prepare_folder
+from data.prepare import MEMORY, Job, prepare_folder, prepare_streamed
 from data.sources import find_sources
 from training.command_line import run as run_script
-from training.preparation import preparation
+from training.preparation import is_prepared, preparation
 from training.recipe import load_data_section
 
 RECIPE = Path(__file__).resolve().parent / "recipes" / "primus_m.yaml"
@@ -39,7 +41,7 @@ RECIPE = Path(__file__).resolve().parent / "recipes" / "primus_m.yaml"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="the volumes: a folder, a pretrain_data.json, a .csv or .tsv")
+    add("source", metavar="SOURCE", help="the volumes: a folder, a pretrain_data.json, a .csv or .tsv, or ORG/NAME")
     add("--output", type=Path, required=True, metavar="PREPARED", help="folder to fill, or to go on filling")
     add("--recipe", type=Path, default=RECIPE, help="whose section `data` says how (default: recipes/primus_m.yaml)")
     add("--labels", type=Path, help="folder of the maps of labels that go with the volumes, to prepare them alike")
@@ -58,14 +60,26 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if is_prepared(Path(arguments.source)):
+        raise ValueError(f"{arguments.source} is prepared already: train on it with --data")
     numbers = load_data_section(arguments.recipe, arguments.overrides)
-    listing = find_sources(arguments.source, numbers.include, numbers.exclude, arguments.labels)
-    print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
-    job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
-    cores = min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
-    left = prepare_folder(listing, job, arguments.workers or cores, arguments.shard, arguments.verify)
+    workers = arguments.workers or min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
+    if is_streamed(arguments.source):
+        if arguments.labels or arguments.verify or numbers.include or numbers.exclude:
+            raise ValueError(
+                "--labels, --verify, data.include and data.exclude are for files, not for a streamed data set"
+            )
+        dataset = HubDataset(arguments.source)
+        print(f"found       {len(dataset)} files of rows in {arguments.source}")
+        job = Job(arguments.output, dataset.name, preparation(numbers))
+        left = prepare_streamed(dataset, job, workers, arguments.shard)
+    else:
+        listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
+        print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+        job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
+        left = prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
     if left:
-        print(f"not yet     {left} volumes are left to other shards, or to this one after them")
+        print(f"not yet     {left} are left to other shards; the last one to end completes {arguments.output}")
         return
     manifest = read_manifest(arguments.output)
     volumes, rejected = manifest.volumes, manifest.rejected

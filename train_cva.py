@@ -169,14 +169,17 @@ def make_batch(samples: dict, device: torch.device, recipe: CVARecipe) -> Batch:
 
 
 def write_results(run: Run, recipe: CVARecipe, step: int) -> None:
-    batch = make_batch(run.held_out(), run.device, recipe)
-    outputs = run.look(batch)
-    numbers = {term: outputs[term] for term in recipe.loss.terms()}
-    if "reconstruction" in numbers and recipe.mask.ratio:
-        unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"])
-        numbers |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
+    numbers, first = [], None
+    for samples in run.held_out():
+        batch = make_batch(samples, run.device, recipe)
+        outputs = run.look(batch)
+        numbers.append({name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0})
+        if "reconstruction" in recipe.loss.terms() and recipe.mask.ratio:
+            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"])
+            numbers[-1] |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
+        first = first or (batch, outputs)
     run.note_held_out(step, numbers)
-    export_run(run, step, batch, outputs)
+    export_run(run, step, *first)
 
 
 def main(arguments: argparse.Namespace, write_results: Callable = write_results) -> None:

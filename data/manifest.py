@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import write_whole
@@ -67,6 +68,7 @@ class Manifest:
     table: pa.Table  # of SCHEMA, sorted by source
     preparation: Preparation
     root: str  # of the raw volumes, when they were prepared
+    finished: int  # files of rows, of a streamed data set
 
     @property
     def volumes(self) -> pa.Table:
@@ -77,15 +79,24 @@ class Manifest:
     def rejected(self) -> pa.Table:
         return self.table.filter(self.table["reason"].is_valid())
 
+    def subjects(self) -> np.ndarray:
+        """Of each volume DATASET/SUBJECT, or its own path where the subject is not known."""
+        rows = self.volumes
+        named = pc.binary_join_element_wise(rows["dataset"], rows["subject"], "/", null_handling="emit_null")
+        named = pc.coalesce(named, rows["subject"], rows["source"])
+        return np.asarray(named.to_pylist())
+
     def fingerprint(self) -> str:
         """Of what there is to train on: the same after a move, a copy, or on another mount."""
         text = json.dumps([FORMAT, asdict(self.preparation)]) + "\n".join(self.volumes["checksum"].to_pylist())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_manifest(folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str) -> None:
+def write_manifest(
+    folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str, finished: int
+) -> None:
     rows = sorted(rows, key=lambda row: row["source"])
-    facts = {"format": FORMAT, "root": root, **asdict(preparation)}
+    facts = {"format": FORMAT, "root": root, "finished": finished, **asdict(preparation)}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
 
@@ -100,10 +111,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"preparation"])
-        made_by, root = facts.pop("format"), facts.pop("root")
+        made_by, root, finished = (facts.pop(key) for key in ("format", "root", "finished"))
         if made_by == FORMAT:
             preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
-            return Manifest(folder, table.cast(SCHEMA), preparation, root)
+            return Manifest(folder, table.cast(SCHEMA), preparation, root, finished)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,7 @@
 """Reading NIfTI: refuse what cannot be trained on, bring the rest to one orientation."""
 
 import errno
+import gzip
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +77,14 @@ def read_image(source: str | Path | nib.spatialimages.SpatialImage, orientation:
     # not the header's zooms: the two can disagree
     spacing = nib.affines.voxel_sizes(image.affine @ to_file)
     return Image(voxels, spacing, to_file[:3], image.affine, shape)
+
+
+def image_of(content: bytes) -> nib.Nifti1Image:
+    """The image in the bytes of a NIfTI file; BadVolume if it is none."""
+    try:
+        return nib.Nifti1Image.from_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+    except Exception as error:  # nibabel, gzip and zlib each fail in their own way
+        raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
 
 
 def _raise_if_of_the_disk(error: Exception) -> None:

@@ -5,11 +5,11 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -21,9 +21,12 @@ from tqdm import tqdm
 
 from .files import write_whole
 from .manifest import NAME, Manifest, Preparation, read_manifest, write_manifest
-from .nifti import read_image
+from .nifti import image_of, read_image
 from .sources import Listing, Source
 from .volume import BadVolume, NotAnImage, is_label_map, prepare, prepare_labels
+
+if TYPE_CHECKING:
+    from .hub import HubDataset  # imports pandas, and much else
 
 RETRIES = (1.0, 10.0)  # seconds after which a disk that failed is asked again
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
@@ -37,7 +40,7 @@ class Job:
     """What all volumes of a folder have in common when they are prepared."""
 
     folder: Path
-    root: Path  # of the sources
+    root: Path | str  # of the sources: a folder, or the name of a streamed data set
     preparation: Preparation
     labels: Path | None = None  # folder of the maps of labels that go with the sources
 
@@ -63,25 +66,50 @@ def prepare_folder(
             stays valid.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    known = _rows_on_record(job)
+    known = _on_record(job).rows
     listed = {source.path for source in listing.sources}
     if known and not listed & known.keys():
         raise ValueError(f"{job.folder} holds volumes of another folder than {job.root}: choose another")
     number, shards = shard
     todo = [s for s in listing.sources[number::shards] if not _is_done(known.get(s.path), s, job, verify)]
     with _Journal(job) as journal:
-        for row in _in_parallel(todo, job, workers):
+        for row in _in_parallel(((source, None) for source in todo), job, min(workers, len(todo)), len(todo)):
             journal.write(row)
-            known[row["source"]] = row
     with FileLock(job.folder / ".lock"):  # who comes last sees the rows of all
-        known = _rows_on_record(job)
+        known = _on_record(job).rows
         if left := len(listed - known.keys()):
             return left
-        rows = [known[path] for path in listed] + [_rejected(path, reason) for path, reason in listing.left_out]
-        write_manifest(job.folder, rows, job.preparation, str(job.root.absolute()))
-        for journal in (job.folder / JOURNALS).glob("*.jsonl"):
-            journal.unlink()
+        _complete(job, [known[path] for path in listed] + [_rejected(*file) for file in listing.left_out])
     return 0
+
+
+def prepare_streamed(dataset: "HubDataset", job: Job, workers: int, shard: tuple[int, int] = (0, 1)) -> int:
+    """The same of a streamed data set; the files of its rows are dealt to the shards.
+
+    Returns:
+        How many files of rows others still have to prepare.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    record, (first, shards) = _on_record(job), shard
+    with _Journal(job) as journal:
+        for number in set(range(first, len(dataset), shards)) - record.finished:
+            new = ((source, content) for source, content in dataset.read(number) if source.path not in record.rows)
+            for row in _in_parallel(new, job, workers):
+                journal.write(row)
+            journal.write({"finished": number})
+    with FileLock(job.folder / ".lock"):
+        record = _on_record(job)
+        if left := len(set(range(len(dataset))) - record.finished):
+            return left
+        _complete(job, list(record.rows.values()), finished=len(dataset))
+    return 0
+
+
+def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
+    root = job.root if isinstance(job.root, str) else str(job.root.absolute())
+    write_manifest(job.folder, rows, job.preparation, root, finished)
+    for journal in (job.folder / JOURNALS).glob("*.jsonl"):
+        journal.unlink()
 
 
 def prepare_again(manifest: Manifest, path: str) -> bool:
@@ -102,17 +130,17 @@ def prepare_again(manifest: Manifest, path: str) -> bool:
     return again["checksum"] == row["checksum"]
 
 
-def prepare_one(source: Source, job: Job, image: nib.Nifti1Image | None = None) -> dict[str, Any]:
+def prepare_one(source: Source, job: Job, content: bytes | None = None) -> dict[str, Any]:
     """Prepare one volume and its labels; its row of the manifest, with the reason if it cannot be used.
 
     Args:
-        image: of the source, if it is not a file below `job.root`.
+        content: of the NIfTI file, if it is not one below `job.root`.
     """
     row = {"source": source.path, **{key: getattr(source, key) or None for key in Source._fields[1:5]}}
+    stamp = (len(content), None) if content is not None else _stamp(job.root / source.path)
+    row |= dict(zip(("source_bytes", "source_modified"), stamp))
     try:
-        if image is None:
-            row |= dict(zip(("source_bytes", "source_modified"), _stamp(job.root / source.path)))
-        return row | _prepared(source, job, job.root / source.path if image is None else image, row)
+        return row | _prepared(source, job, job.root / source.path if content is None else image_of(content), row)
     except BadVolume as error:
         return row | {"reason": str(error), "is_bad": not isinstance(error, NotAnImage)}
 
@@ -199,13 +227,14 @@ def _patiently(read, name: str):
             time.sleep(pause)
 
 
-def _in_parallel(todo: list[Source], job: Job, workers: int) -> Iterator[dict[str, Any]]:
-    if not todo:
+def _in_parallel(
+    todo: Iterable[tuple[Source, bytes | None]], job: Job, workers: int, total: int | None = None
+) -> Iterator[dict[str, Any]]:
+    if total == 0:
         return
-    rows = Parallel(n_jobs=min(workers, len(todo)), return_as="generator_unordered")(
-        delayed(prepare_one)(source, job) for source in todo
-    )
-    yield from tqdm(rows, total=len(todo), desc="preparing volumes", unit="file", disable=len(todo) < 8)
+    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None)
+    rows = parallel(delayed(prepare_one)(source, job, content) for source, content in todo)
+    yield from tqdm(rows, total=total, desc="preparing volumes", unit="file", disable=total is not None and total < 8)
     get_reusable_executor().shutdown()  # its processes would outlive a killed run by minutes
 
 
@@ -233,17 +262,23 @@ class _Journal:
             self.file.close()
 
 
-def _rows_on_record(job: Job) -> dict[str, dict[str, Any]]:
-    """Source -> row, of the manifest and of all journals.
+class _Record(NamedTuple):
+    rows: dict[str, dict[str, Any]]  # source -> row
+    finished: set[int]  # files of rows of a streamed data set
+
+
+def _on_record(job: Job) -> _Record:
+    """What the manifest and all journals say.
 
     Raises:
-        ValueError: if they were prepared otherwise than `job` asks.
+        ValueError: if they are of volumes that were prepared otherwise than `job` asks.
     """
-    found, rows = [], {}
+    found, rows, finished = [], {}, set()
     if (job.folder / NAME).exists():
         manifest = read_manifest(job.folder)
         found.append(manifest.preparation)
         rows = {row["source"]: row for row in manifest.table.to_pylist()}
+        finished = set(range(manifest.finished))
     for journal in sorted((job.folder / JOURNALS).glob("*.jsonl")):
         facts, *lines = journal.read_text().splitlines() or [""]
         try:
@@ -251,7 +286,10 @@ def _rows_on_record(job: Job) -> dict[str, dict[str, Any]]:
             found.append(Preparation(**{**facts, "spacing": tuple(facts["spacing"])}))
             for line in lines:
                 row = json.loads(line)
-                rows[row["source"]] = row
+                if "finished" in row:
+                    finished.add(row["finished"])
+                else:
+                    rows[row["source"]] = row
         except json.JSONDecodeError:
             continue  # a line that a kill cut off
     for preparation in found:
@@ -259,7 +297,7 @@ def _rows_on_record(job: Job) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{job.folder} holds volumes prepared otherwise ({'; '.join(other)}): choose another folder"
             )
-    return rows
+    return _Record(rows, finished)
 
 
 def _is_done(row: dict[str, Any] | None, source: Source, job: Job, verify: bool) -> bool:

@@ -71,6 +71,9 @@ class PreparedVolumes(Sequence):
         self.manifest = manifest
         self.files = table["file"].combine_chunks()
         self.sources = table["source"].combine_chunks()
+        subjects, of = np.unique(manifest.subjects(), return_inverse=True)
+        self.subjects = of if rows is None else of[rows]  # a number a volume
+        self.has_subjects = len(subjects) > 1
 
     def __len__(self) -> int:
         return len(self.files)

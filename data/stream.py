@@ -33,6 +33,9 @@ class Batch(TypedDict):
     # of the two views of a volume are the same places
     inside: torch.Tensor  # [2B, P], whether both views reach a cell
     pair: torch.Tensor  # [2B], the number of the sample, which its two views share
+    group: (
+        torch.Tensor
+    )  # [2B], of the subject, whose views are never negatives of each other; of one subject, as `pair`
 
 
 class SampleStream(Dataset):
@@ -88,8 +91,8 @@ class SampleStream(Dataset):
 
         Returns:
             For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
-            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity` and `pair`,
-            the number of the sample; and `unreadable`, a line for each volume that it could not be made of.
+            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity`, `pair`
+            (the number of the sample) and `group`; and `unreadable`, a line for each volume that could not be read.
 
         Raises:
             OSError: if nothing can be read.
@@ -102,11 +105,15 @@ class SampleStream(Dataset):
                     sample = self.volumes.read(number, partial(self._sample, index))
                 else:
                     sample = self._sample(index, self.volumes[number])
-                return sample | {"unreadable": unreadable}
+                return sample | {"group": torch.full((2,), self._group(index, number)), "unreadable": unreadable}
             except UnreadableVolume as error:
                 unreadable.append(f"sample {index}: {error}")
                 number = int(replacements.integers(len(self.volumes)))
         raise OSError(f"{MOST_REPLACEMENTS} volumes one after the other cannot be read; {unreadable[-1]}")
+
+    def _group(self, index: int, number: int) -> int:
+        known = isinstance(self.volumes, PreparedVolumes) and self.volumes.has_subjects
+        return int(self.volumes.subjects[number]) if known else index
 
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)
@@ -166,7 +173,7 @@ def render(
     views = change_intensity(clean, batch["intensity"])
     if target == "clean" and views is clean:
         views = clean.clone()  # a batch takes the same memory whatever was drawn
-    rest = {key: batch[key].to(device, non_blocking=True) for key in ("mask", "points", "inside", "pair")}
+    rest = {key: batch[key].to(device, non_blocking=True) for key in ("mask", "points", "inside", "pair", "group")}
     return {"views": views, "target": clean if target == "clean" else views, **rest}
 
 

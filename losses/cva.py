@@ -58,7 +58,7 @@ def compute_terms(
     if "student_embedding" in outputs:
         student, teacher = outputs["student_embedding"], outputs.get("teacher_embedding")
         teacher = teacher.roll(len(teacher) // 2, dims=0) if teacher is not None else None
-        loss, nearest = nt_xent(student, teacher, outputs["pair"], temperature, gather)
+        loss, nearest = nt_xent(student, teacher, outputs["group"], temperature, gather)
         variance = F.normalize(student.detach(), dim=1).var(dim=0, correction=0).sum()
         losses |= {
             "contrastive": loss.mean(),

@@ -70,7 +70,7 @@ def test_nt_xent_gradient(block, monkeypatch):
 def test_nt_xent_uses_its_temperature():
     rows, objective = torch.randn(2, 6, 4), cva_objective("none", 0.1)
     pair = torch.arange(3).repeat(2)
-    outputs = {"student_embedding": rows[0], "teacher_embedding": rows[1].roll(3, 0), "pair": pair}
+    outputs = {"student_embedding": rows[0], "teacher_embedding": rows[1].roll(3, 0), "group": pair}
     expected = nt_xent(rows[0], rows[1], pair, 0.1, alone)[0].mean()
     torch.testing.assert_close(objective(outputs, alone)["contrastive"], expected)
     assert (nt_xent(rows[0], rows[1], pair, 0.5, alone)[0].mean() - expected).abs() > 0.1
@@ -252,6 +252,7 @@ def test_each_crop_faces_the_other_view_of_its_volume():
         "points": (torch.rand(1, 9, 8, 3) * 31).expand(6, -1, -1, -1),
         "inside": torch.ones(6, 9, dtype=torch.bool),
         "pair": torch.arange(3).repeat(2),
+        "group": torch.arange(3).repeat(2),
         "student_dense": dense,
         "student_embedding": dense.mean((2, 3, 4)),
     }

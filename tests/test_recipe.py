@@ -62,7 +62,15 @@ TURN = {"mirror": 0.5, "rotation": {"probability": 0.2, "degrees": (30, 30, 30)}
 PUBLISHED = {  # of both networks: methods and trainers of the paper and its code
     "method": "cva",
     "seed": 0,
-    "data": {"orientation": "RAS", "spacing": (1, 1, 1), "include": [], "exclude": [], "max_bad_share": 0.05},
+    "data": {
+        "orientation": "RAS",
+        "spacing": (1, 1, 1),
+        "include": [],
+        "exclude": [],
+        "leave_out": [],
+        "validation_share": 0.01,
+        "max_bad_share": 0.05,
+    },
     "views": {
         "overlap": (0.4, 0.8),
         "overhang": 0.3,

@@ -38,7 +38,8 @@ class RunFacts:
     method: Method
     recipe: dict  # resolved
     data: str  # fingerprint of the files
-    volumes: int
+    volumes: int  # trained on
+    validation_subjects: int  # kept for validation
     ranks: int
     engine: str
     init_from: str | None  # as it was given; stays in checkpoints

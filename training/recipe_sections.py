@@ -14,6 +14,8 @@ class Data(Section):
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
     include: list[str]  # patterns of paths or names, such as "*_T1w.nii.gz"; [] for all that looks like an image
     exclude: list[str]
+    leave_out: list[str]  # subjects that are not trained on, as SUBJECT or DATASET/SUBJECT, or paths; may be patterns
+    validation_share: Share  # of the subjects, 200 at most; none below 20 subjects
     max_bad_share: Share  # more unusable files, or of the last 1,000 samples, than this stop the run
 
     @field_validator("orientation")
@@ -142,6 +144,7 @@ class Running(Section):
     max_skipped: PositiveInt  # steps in a row whose loss or gradient is not finite: so many stop the run
     checkpoint_every: PositiveInt  # steps
     checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
+    held_out_batches: PositiveInt  # micro-batches that are not trained on, looked at with each checkpoint
     export_every: PositiveInt  # checkpoints: encoder/, pretraining.safetensors and report/, by a thread; and at the end
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
     gradient_checkpointing: bool  # a third to two thirds of the memory less, a sixth of the operations more

@@ -9,6 +9,7 @@ for step in run.steps():
 run.end(results)
 """
 
+import copy
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from data.manifest import read_manifest
+from data.split import FEWEST, Split, split_by_subject
 from data.store import PreparedVolumes
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
@@ -122,7 +124,10 @@ class Run:
 
         prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
         manifest = read_manifest(from_main_rank(self.group, prepare))
-        self.volumes = PreparedVolumes(manifest)
+        split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
+        self.volumes = PreparedVolumes(manifest, split.training)
+        self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
+        self._say_what_is_trained_on(split)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
@@ -131,6 +136,7 @@ class Run:
             numbers,
             data=manifest.fingerprint(),
             volumes=len(self.volumes),
+            validation_subjects=split.subjects[1],
             ranks=self.ranks,
             engine=engine,
             init_from=init_from,
@@ -248,10 +254,19 @@ class Run:
 
     # ----------------------------------------------------------------------- what results are made of
 
-    def held_out(self) -> dict:
-        """Samples that are not trained on, this rank's share of a micro-batch, as the loader gives them."""
+    def held_out(self) -> Iterator[dict]:
+        """Micro-batches that are not trained on, this rank's share of each, as the loader gives them.
+
+        Samples of the subjects kept for validation, if any; else new samples of the volumes trained on.
+        """
+        stream = copy.copy(self.stream)
+        stream.volumes = self.validation or self.volumes
         first = self.recipe.train.steps * self.recipe.train.batch_size + self.rank * self.share
-        return stack_views([self.stream[first + i] for i in range(self.share)])
+        for number in range(self.recipe.run.held_out_batches):
+            start = first + number * self.ranks * self.share
+            samples = stack_views([stream[start + i] for i in range(self.share)])
+            samples.pop("unreadable")
+            yield samples
 
     def look(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses and outputs of a batch, in evaluation mode; nothing is learned."""
@@ -261,16 +276,18 @@ class Run:
         self.wrapped.train()
         return outputs
 
-    def note_held_out(self, step: int, values: dict[str, torch.Tensor]) -> None:
-        """Keep numbers of samples that are not trained on, their mean over ranks, in `held_out.jsonl`.
+    def note_held_out(self, step: int, values: list[dict[str, torch.Tensor]]) -> None:
+        """Keep numbers of samples that are not trained on, means over micro-batches and ranks, in `held_out.jsonl`.
 
         Args:
-            values: term -> its loss, and `TERM_by_WHAT` -> what WHAT scores that has learned nothing.
+            values: of each micro-batch: name -> a loss or what is watched of it, and `TERM_by_WHAT` -> what WHAT scores
+                that has learned nothing.
         """
-        mean = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
+        table = torch.stack([torch.stack([value.float() for value in batch.values()]) for batch in values])
+        mean = self.accelerator.reduce(table.mean(dim=0), "mean").tolist()
         if self.is_main:
             with open(self.folder.held_out, "a") as file:
-                file.write(json.dumps({"step": step, **dict(zip(values, mean))}) + "\n")
+                file.write(json.dumps({"step": step, **dict(zip(values[0], mean))}) + "\n")
 
     # ----------------------------------------------------------------------- stopping and going on
 
@@ -328,6 +345,17 @@ class Run:
         for lock in self.locks:
             lock.release()
 
+    def _say_what_is_trained_on(self, split: Split) -> None:
+        training, validation, left_out = split.subjects
+        kept = f"{validation} kept for validation" if validation else "none kept for validation"
+        why = (
+            "" if validation or training >= FEWEST else f" (of fewer than {FEWEST}): held out are other crops of these"
+        )
+        out = f", {left_out} left out by data.leave_out" if left_out else ""
+        self.print(f"subjects    {training} trained on{out}, {kept}{why}")
+        if self.volumes.has_subjects:
+            self.print("            volumes of one subject are no negatives of each other")
+
     def _say_what_came_of_it(self) -> None:
         records = [record for record in read_metrics(self.folder.metrics) if "loss" in record]
         tenth = max(1, len(records) // 10)
@@ -338,7 +366,12 @@ class Run:
 
         self.print(f"losses      {', '.join(change(key) for key in self.model.terms)}")
         for record in read_held_out(self.folder.held_out)[-1:]:
-            shown = (f"{key.replace('_', ' ')} {value:.3f}" for key, value in record.items() if key != "step")
+            terms = tuple(self.model.terms)
+            shown = (
+                f"{key.replace('_', ' ')} {value:.3f}"
+                for key, value in record.items()
+                if key in terms or key.startswith(tuple(f"{term}_by_" for term in terms))
+            )
             self.print(f"held out    {', '.join(shown)}")
         waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
         seconds = time.perf_counter() - self.started

@@ -64,7 +64,7 @@ def make_batch(samples, device, recipe):
 
 
 def write_results(run, recipe, step):
-    batch = make_batch(run.held_out(), run.device, recipe)
+    batch = make_batch(next(run.held_out()), run.device, recipe)
     export_run(run, step, batch, run.look(batch))
 
 

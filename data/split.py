@@ -1,0 +1,52 @@
+"""Which subjects are trained on: the same split in every run of a manifest."""
+
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import numpy as np
+
+from .manifest import Manifest
+
+FEWEST = 20  # subjects that allow to keep some for validation
+MOST = 200  # that are kept
+
+
+class Split(NamedTuple):
+    """Numbers of `manifest.volumes`."""
+
+    training: np.ndarray
+    validation: np.ndarray
+    subjects: tuple[int, int, int]  # how many are trained on, kept for validation, and left out
+
+
+def split_by_subject(manifest: Manifest, validation_share: float, leave_out: Sequence[str]) -> Split:
+    """Keep some subjects for validation, chosen by a hash of their names, and leave others out altogether.
+
+    A volume whose subject is not known is a subject of its own.
+
+    Args:
+        validation_share: of the subjects, `MOST` at most, at least one unless it is 0; none of fewer than `FEWEST`.
+        leave_out: patterns of subjects, as SUBJECT or DATASET/SUBJECT, or of the paths of volumes.
+
+    Raises:
+        ValueError: if a pattern fits nothing, or nothing is left.
+    """
+    names, of = np.unique(manifest.subjects(), return_inverse=True)
+    matched = {
+        p: {i for i, n in enumerate(names) if fnmatchcase(n, p) or fnmatchcase(n.rpartition("/")[2], p)}
+        for p in leave_out
+    }
+    for pattern, found in matched.items():
+        if not found:
+            raise ValueError(f"data.leave_out {pattern!r} fits none of the {len(names)} subjects, such as {names[0]}")
+    out = set().union(*matched.values())
+    left = sorted(
+        (i for i in range(len(names)) if i not in out), key=lambda i: hashlib.sha256(names[i].encode()).digest()
+    )
+    if not left:
+        raise ValueError(f"data.leave_out leaves none of the {len(names)} subjects")
+    count = min(MOST, max(1, round(validation_share * len(left)))) if validation_share and len(left) >= FEWEST else 0
+    rows = [np.flatnonzero(np.isin(of, part)) for part in (left[count:], left[:count])]
+    return Split(*rows, (len(left) - count, count, len(out)))

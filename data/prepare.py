@@ -232,10 +232,13 @@ def _in_parallel(
 ) -> Iterator[dict[str, Any]]:
     if total == 0:
         return
-    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None)
-    rows = parallel(delayed(prepare_one)(source, job, content) for source, content in todo)
-    yield from tqdm(rows, total=total, desc="preparing volumes", unit="file", disable=total is not None and total < 8)
-    get_reusable_executor().shutdown()  # its processes would outlive a killed run by minutes
+    shown = partial(tqdm, total=total, desc="preparing volumes", unit="file", disable=total is not None and total < 8)
+    if workers == 1:
+        yield from shown(prepare_one(source, job, content) for source, content in todo)
+        return
+    with Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None) as parallel:
+        yield from shown(parallel(delayed(prepare_one)(source, job, content) for source, content in todo))
+    get_reusable_executor(reuse=True).terminate()  # its processes would outlive a killed run by minutes
 
 
 class _Journal:

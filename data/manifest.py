@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ SCHEMA = pa.schema(
 )
 
 
+FOR_RUNS = ("source", "reason", "is_bad", "dataset", "subject", "file", "checksum", "shape")
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How volumes were prepared; two folders of one preparation hold the same numbers."""
@@ -70,26 +74,29 @@ class Manifest:
     root: str  # of the raw volumes, when they were prepared
     finished: int  # files of rows, of a streamed data set
 
-    @property
+    @cached_property
     def volumes(self) -> pa.Table:
         """The rows that can be trained on."""
         return self.table.filter(self.table["reason"].is_null())
 
-    @property
+    @cached_property
     def rejected(self) -> pa.Table:
         return self.table.filter(self.table["reason"].is_valid())
 
-    def subjects(self) -> np.ndarray:
-        """Of each volume DATASET/SUBJECT, or its own path where the subject is not known."""
+    @cached_property
+    def subjects(self) -> tuple[list[str], np.ndarray]:
+        """Names (DATASET/SUBJECT, or a volume's own path where the subject is not known), and whose each volume is."""
         rows = self.volumes
         named = pc.binary_join_element_wise(rows["dataset"], rows["subject"], "/", null_handling="emit_null")
-        named = pc.coalesce(named, rows["subject"], rows["source"])
-        return np.asarray(named.to_pylist())
+        named = pc.coalesce(named, rows["subject"], rows["source"]).combine_chunks().dictionary_encode()
+        return named.dictionary.to_pylist(), named.indices.to_numpy()
 
     def fingerprint(self) -> str:
         """Of what there is to train on: the same after a move, a copy, or on another mount."""
-        text = json.dumps([FORMAT, asdict(self.preparation)]) + "\n".join(self.volumes["checksum"].to_pylist())
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        found = hashlib.sha256(json.dumps([FORMAT, asdict(self.preparation)]).encode())
+        for checksums in self.volumes["checksum"].chunks:
+            found.update("".join(checksums.to_pylist()).encode())
+        return found.hexdigest()[:16]
 
 
 def write_manifest(
@@ -101,20 +108,23 @@ def write_manifest(
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifest:
     """Open the manifest of a folder of prepared volumes.
+
+    Args:
+        columns: to read, such as `FOR_RUNS`; None for all.
 
     Raises:
         ValueError: if there is none, or it is damaged or of another version.
     """
     path = folder / NAME
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=None if columns is None else list(columns))
         facts = json.loads(table.schema.metadata[b"preparation"])
         made_by, root, finished = (facts.pop(key) for key in ("format", "root", "finished"))
         if made_by == FORMAT:
             preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
-            return Manifest(folder, table.cast(SCHEMA), preparation, root, finished)
+            return Manifest(folder, table, preparation, root, finished)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -20,7 +20,7 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from .files import write_whole
-from .manifest import NAME, Manifest, Preparation, read_manifest, write_manifest
+from .manifest import NAME, Preparation, read_manifest, write_manifest
 from .nifti import image_of, read_image
 from .sources import Listing, Source
 from .volume import BadVolume, NotAnImage, is_label_map, prepare, prepare_labels
@@ -112,14 +112,15 @@ def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
         journal.unlink()
 
 
-def prepare_again(manifest: Manifest, path: str) -> bool:
-    """Prepare a volume of a manifest whose file is gone or short; whether its source is still what it was.
+def prepare_again(folder: Path, path: str) -> bool:
+    """Prepare a volume of a prepared folder whose file is gone or short; whether its source is still what it was.
 
     Raises:
         BadVolume, OSError: as `prepare_one`.
     """
-    if not (manifest.folder / NAME).exists():  # all is gone: a mount?
+    if not (folder / NAME).exists():  # all is gone: a mount?
         return False
+    manifest = read_manifest(folder)
     (row,) = manifest.table.filter(pc.equal(manifest.table["source"], path)).to_pylist()
     raw, file = Path(manifest.root) / path, manifest.folder / row["file"]
     if not raw.is_file() or _stamp(raw) != (row["source_bytes"], row["source_modified"]):

@@ -33,7 +33,7 @@ def split_by_subject(manifest: Manifest, validation_share: float, leave_out: Seq
     Raises:
         ValueError: if a pattern fits nothing, or nothing is left.
     """
-    names, of = np.unique(manifest.subjects(), return_inverse=True)
+    names, of = manifest.subjects
     matched = {
         p: {i for i, n in enumerate(names) if fnmatchcase(n, p) or fnmatchcase(n.rpartition("/")[2], p)}
         for p in leave_out

@@ -1,5 +1,6 @@
 """The store of prepared volumes: plain `.npy` in half precision, of which a random crop reads the rows it needs."""
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from .manifest import Manifest
+from .manifest import NAME, Manifest
 from .prepare import RETRIES, prepare_again
 from .volume import BadVolume
 
@@ -71,9 +72,9 @@ class PreparedVolumes(Sequence):
         self.manifest = manifest
         self.files = table["file"].combine_chunks()
         self.sources = table["source"].combine_chunks()
-        subjects, of = np.unique(manifest.subjects(), return_inverse=True)
+        names, of = manifest.subjects
         self.subjects = of if rows is None else of[rows]  # a number a volume
-        self.has_subjects = len(subjects) > 1
+        self.several_subjects = len(names) > 1
 
     def __len__(self) -> int:
         return len(self.files)
@@ -95,13 +96,16 @@ class PreparedVolumes(Sequence):
             try:
                 return use(self[number])
             except OSError as error:
-                why = error.strerror or str(error)
-            if pause is not None and not self._restore(number):
-                time.sleep(pause)
+                why, of_the_file = error.strerror or str(error), error.errno in (None, errno.ENOENT)
+            if self._restore(number):
+                continue
+            if pause is None or (of_the_file and (self.manifest.folder / NAME).exists()):  # the disk is there
+                break
+            time.sleep(pause)
         raise UnreadableVolume(f"{self.path(number)} cannot be read ({why})")
 
     def _restore(self, number: int) -> bool:
         try:
-            return prepare_again(self.manifest, self.sources[number].as_py())
+            return prepare_again(self.manifest.folder, self.sources[number].as_py())
         except (OSError, BadVolume):
             return False

@@ -112,7 +112,7 @@ class SampleStream(Dataset):
         raise OSError(f"{MOST_REPLACEMENTS} volumes one after the other cannot be read; {unreadable[-1]}")
 
     def _group(self, index: int, number: int) -> int:
-        known = isinstance(self.volumes, PreparedVolumes) and self.volumes.has_subjects
+        known = isinstance(self.volumes, PreparedVolumes) and self.volumes.several_subjects
         return int(self.volumes.subjects[number]) if known else index
 
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import joblib
 import numpy as np
 
 from data.demo import demo_volume
-from data.manifest import NAME, Manifest, Preparation, read_manifest
+from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
 from data.prepare import Job, prepare_folder
 from data.sources import Listing, Source, find_sources
 
@@ -55,7 +55,7 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
         job = Job(folder, (listing := list_data(data, recipe.data)).root, preparation(recipe.data))
         left = prepare_folder(listing, job, joblib.cpu_count())
         assert not left
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, FOR_RUNS)
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(
             f"{folder} was prepared otherwise than the recipe says ({'; '.join(other)}): set data.spacing and "

@@ -24,8 +24,8 @@ from accelerate import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from data.manifest import read_manifest
-from data.split import FEWEST, Split, split_by_subject
+from data.manifest import FOR_RUNS, read_manifest
+from data.split import split_by_subject
 from data.store import PreparedVolumes
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
@@ -38,7 +38,7 @@ from .facts import Method, RunFacts, what_rounds_otherwise
 from .guards import STOPPED, Guard, ignore_signals, poison, skip_if_not_finite
 from .heartbeat import start_heartbeat
 from .launch import Launch
-from .metrics import Metrics, read_held_out, read_metrics
+from .metrics import Metrics
 from .optimizer import build_optimizer
 from .preparation import prepare_data
 from .recipe import Recipe, flatten
@@ -54,6 +54,7 @@ from .runtime import (
 )
 from .schedules import learning_rate
 from .state import pieces, random_state, set_random_state, set_updates_made, torch_optimizer, updates_made
+from .summary import say_what_came_of_it, say_what_is_trained_on
 
 Results = Callable[[int], None]  # writes what the run gives away after so many steps; called on all ranks
 
@@ -123,11 +124,11 @@ class Run:
             compile_blocks(model, launch.strategy)
 
         prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
-        manifest = read_manifest(from_main_rank(self.group, prepare))
+        manifest = read_manifest(from_main_rank(self.group, prepare), FOR_RUNS)
         split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
         self.volumes = PreparedVolumes(manifest, split.training)
         self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
-        self._say_what_is_trained_on(split)
+        say_what_is_trained_on(self, split)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
@@ -248,7 +249,7 @@ class Run:
         if error := self.background.wait():
             raise error
         self.end_heartbeat()
-        self._say_what_came_of_it()
+        say_what_came_of_it(self)
         end_tracker(self.accelerator)
         self._leave()
 
@@ -344,37 +345,3 @@ class Run:
     def _leave(self) -> None:
         for lock in self.locks:
             lock.release()
-
-    def _say_what_is_trained_on(self, split: Split) -> None:
-        training, validation, left_out = split.subjects
-        kept = f"{validation} kept for validation" if validation else "none kept for validation"
-        why = (
-            "" if validation or training >= FEWEST else f" (of fewer than {FEWEST}): held out are other crops of these"
-        )
-        out = f", {left_out} left out by data.leave_out" if left_out else ""
-        self.print(f"subjects    {training} trained on{out}, {kept}{why}")
-        if self.volumes.has_subjects:
-            self.print("            volumes of one subject are no negatives of each other")
-
-    def _say_what_came_of_it(self) -> None:
-        records = [record for record in read_metrics(self.folder.metrics) if "loss" in record]
-        tenth = max(1, len(records) // 10)
-
-        def change(key: str) -> str:
-            start, end = (sum(r[key] for r in part) / tenth for part in (records[:tenth], records[-tenth:]))
-            return f"{key} {start:.3f} -> {end:.3f}"
-
-        self.print(f"losses      {', '.join(change(key) for key in self.model.terms)}")
-        for record in read_held_out(self.folder.held_out)[-1:]:
-            terms = tuple(self.model.terms)
-            shown = (
-                f"{key.replace('_', ' ')} {value:.3f}"
-                for key, value in record.items()
-                if key in terms or key.startswith(tuple(f"{term}_by_" for term in terms))
-            )
-            self.print(f"held out    {', '.join(shown)}")
-        waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
-        seconds = time.perf_counter() - self.started
-        self.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")
-        self.print(f"encoder     {self.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
-        self.print(f"pictures    {self.folder.report}")

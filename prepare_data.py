@@ -17,7 +17,7 @@ the one that is trained with. On many machines, each takes a share; the last one
 
 Stopped or killed? Run the same command again: what is there stays. PREPARED can be moved and copied; SOURCE is not
 needed any more. PREPARED/manifest.parquet has a row a volume, and the reason for each file that was left out;
-PREPARED/report/README.md has pictures of some, what was left out and which are there twice: look at it before you train.
+PREPARED/report/README.md has pictures of some, what was left out and what is there twice: look at it before training.
 """
 
 import argparse

@@ -67,10 +67,8 @@ def draw_volumes(manifest: Manifest, unreadable: dict[str, str], path: Path) -> 
         for name, (x, y), (plane, (right, up)) in zip(PLANES, places, planes):
             place = (x, x + right, y, y + up)
             axis.imshow(plane, cmap="gray", vmin=low, vmax=high, origin="lower", extent=place)
-            side = axis.text(
-                x + 0.01 * wide, y + up / 2, OPPOSITE[PLANES[name][0]], va="center", color="white", fontsize=9
-            )
-            side.set_path_effects([withStroke(linewidth=2, foreground="black")])
+            side = axis.text(x + 0.01 * wide, y + up / 2, OPPOSITE[PLANES[name][0]], va="center", color="white")
+            side.set(fontsize=9, path_effects=[withStroke(linewidth=2, foreground="black")])
         axis.set(xlim=(0, wide), ylim=(0, tall), aspect="equal")
         axis.set_xlabel(caption, fontsize=8, parse_math=False)
     _save(figure, path)
@@ -155,9 +153,7 @@ def draw_numbers(manifest: Manifest, path: Path) -> None:
     axis.set_xlim(min(1.3 * low, -0.2), max(1.3 * high, 1))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    words = (
-        "least to most (thin), 0.5 to 99.5 % (thicker), 5 to 95 % (thick), median (mark), each the modality's median"
-    )
+    words = "least to most (thin), 0.5 to 99.5 % (thicker), 5 to 95 % (thick), median (mark): medians of a modality"
     axis.set_title(f"intensities of the sources: {words}; dots: 0.5 % (green), 99.5 % (red) of a volume", fontsize=9)
     _save(figure, path)
 

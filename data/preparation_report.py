@@ -91,8 +91,7 @@ def _page(manifest: Manifest, rows: pa.Table, copies: Copies, unreadable: dict[s
         ]
         lines += [
             "## Could not be read",
-            f"{len(unreadable)} of the prepared files that were looked at; prepare_data.py --verify mends them from their "
-            "sources.",
+            f"{len(unreadable)} of the prepared files that were looked at; prepare_data.py --verify mends them.",
             _table(("file", "why"), cells, len(unreadable)),
         ]
     return "\n\n".join(lines) + "\n"

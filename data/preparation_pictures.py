@@ -56,9 +56,10 @@ def draw_volumes(manifest: Manifest, unreadable: dict[str, str], path: Path) -> 
     columns = min(4, len(drawn))
     width, lines = (4.6 if columns > 2 else 7.0), -(-len(drawn) // columns)
     shapes = [_layout(planes)[1] for planes, *_ in drawn]
-    height = min(max(high / wide for wide, high in shapes), 1.0) * width + 0.7  # of the tallest
-    figure = Figure((columns * width, lines * height), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    tallest = [max(tall / wide for wide, tall in shapes[n : n + columns]) for n in range(0, len(drawn), columns)]
+    heights = [min(share, 1.0) * width + 0.7 for share in tallest]
+    figure = Figure((columns * width, sum(heights)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -132,6 +133,7 @@ def draw_numbers(manifest: Manifest, path: Path) -> None:
         axis.yaxis.get_major_locator().set_params(integer=True)
         if len(rows) >= 1000:
             axis.set_yscale("log")  # a few odd ones among many would not be seen
+            axis.set_ylim(0.7, 2 * len(rows))
         if labels:
             axis.legend(fontsize=7, loc="upper right")
     axis, percentiles = axes["d"], matrix(rows["source_percentiles"], len(PERCENTILES)).astype(float)
@@ -153,8 +155,9 @@ def draw_numbers(manifest: Manifest, path: Path) -> None:
     axis.set_xlim(min(1.3 * low, -0.2), max(1.3 * high, 1))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    words = "least to most (thin), 0.5 to 99.5 % (thicker), 5 to 95 % (thick), median (mark): medians of a modality"
-    axis.set_title(f"intensities of the sources: {words}; dots: 0.5 % (green), 99.5 % (red) of a volume", fontsize=9)
+    bars = "least to most (thin), 0.5 to 99.5 % (thicker), 5 to 95 % (thick), 50 % (mark)"
+    dots = "0.5 % (green) and 99.5 % (red) of a volume"
+    axis.set_title(f"intensities of the sources; bars: medians over a modality of {bars}; dots: {dots}", fontsize=9)
     _save(figure, path)
 
 

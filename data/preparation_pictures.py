@@ -123,7 +123,8 @@ def draw_numbers(manifest: Manifest, path: Path) -> None:
     for letter, title, values, labels in panels:
         axis, values = axes[letter], values.astype(float)
         if letter == "a":
-            bins = np.arange(values.min(), values.max() + 2, np.ceil((np.ptp(values) + 1) / 30)) - 0.5  # whole numbers
+            step = np.ceil((np.ptp(values) + 1) / 30)  # of whole numbers, as the sizes are
+            bins = np.arange(values.min(), values.max() + 1 + step, step) - 0.5
         else:
             bins = np.histogram_bin_edges(values, 20, (0, 1) if letter == "c" else None)
         axis.hist(list(values.T), bins, label=labels)

@@ -145,6 +145,18 @@ def test_the_sheet_is_of_all_data_sets_and_modalities(folder):
     assert counts.max() <= counts.min() + 1
 
 
+@pytest.mark.parametrize("high", [10, 36, 46, 47, 71, 255])
+def test_every_volume_is_in_the_histograms(folder, monkeypatch, high):
+    figures = []
+    monkeypatch.setattr(preparation_pictures, "_save", lambda figure, path: figures.append(figure))
+    shapes = np.random.default_rng(0).integers(10, high, (50, 3), endpoint=True)
+    shapes[0] = 10, high, high
+    manifest = many(read_manifest(folder), 50, shape=pa.array(list(shapes.astype(np.int32))))
+    preparation_pictures.draw_numbers(manifest, folder / "x.png")
+    bars = [sum(bar.get_height() for bar in axis.patches) for axis in figures[0].axes]
+    assert bars[:3] == [150, 150, 50]
+
+
 def test_one_volume_is_a_report_and_none_is_one(tmp_path):
     ready = prepared(save_nifti(tmp_path / "only.nii.gz", blobs(3)), tmp_path / "ready")
     page = (write_preparation_report(ready.manifest) / "README.md").read_text()

@@ -16,7 +16,8 @@ the one that is trained with. On many machines, each takes a share; the last one
     sbatch --array=0-63 --wrap 'python prepare_data.py SOURCE --output PREPARED --shard $SLURM_ARRAY_TASK_ID/64'
 
 Stopped or killed? Run the same command again: what is there stays. PREPARED can be moved and copied; SOURCE is not
-needed any more. PREPARED/manifest.parquet has a row a volume, and the reason for each file that was left out.
+needed any more. PREPARED/manifest.parquet has a row a volume, and the reason for each file that was left out;
+PREPARED/report/README.md has pictures of some, what was left out and what is there twice: look at it before training.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import psutil
 
 from data.hub import HubDataset, is_streamed
 from data.manifest import read_manifest
+from data.preparation_report import write_preparation_report
 from data.prepare import MEMORY, Job, prepare_folder, prepare_streamed
 from data.sources import find_sources
 from training.command_line import run as run_script
@@ -86,6 +88,10 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"prepared    {len(volumes)} volumes, {sum(volumes['bytes'].to_pylist()) / 1e9:.2f} GB in {arguments.output}")
     for reason, count in Counter(rejected["reason"].to_pylist()).most_common(10):
         print(f"left out    {count}: {reason}")
+    try:
+        print(f"pictures    {write_preparation_report(manifest)}")
+    except Exception as error:  # no picture is worth a preparation
+        print(f"report could not be drawn: {type(error).__name__}: {error}")
     if not len(volumes):
         sys.exit("prepare_data.py: none of the files can be used")
 

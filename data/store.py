@@ -36,6 +36,8 @@ class StoredVolume:
             if np.lib.format.read_magic(self.file) != (1, 0):
                 raise ValueError("another version of the format")
             self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(self.file)
+            if self.dtype.hasobject:
+                raise ValueError("no numbers")  # its bytes would be taken for addresses
         except ValueError as error:
             raise OSError(f"no prepared volume ({error})") from None
         self.start = self.file.tell()

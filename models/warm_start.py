@@ -22,6 +22,8 @@ FILES = (RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", f"encode
 XYZ_TRAINERS = ("Aligned", "ConMAE", "ConsistentViewAlignment", "Gram", "SimMIM")
 YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva")
 
+AXES_OF_NNUNET = "SAR"  # of a file stored as RAS, which nnU-Net, nnssl and OpenMind read as [Z, Y, X]
+
 
 def load_pretrained(student: nn.Module, source: str, token_order: str | None = None) -> str:
     """Load an encoder, and the pretraining decoder if there is one, into a student.
@@ -41,14 +43,27 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
     encoder = student.features.encoder
     wanted = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     wanted |= {name: tensor.shape for name, tensor in student.state_dict().items() if name.startswith(DECODERS)}
+    about = _about(path, content)
     try:
-        found = _convert(weights, _about(path, content), wanted, encoder.config, token_order)
+        found = _convert(weights, about, wanted, encoder.config, token_order)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     encoder.load_state_dict({name: w for name, w in found.weights.items() if not name.startswith(DECODERS)})
     rest = {name: w for name, w in found.weights.items() if name.startswith(DECODERS)}
     student.load_state_dict(rest, strict=False)
+    foreign = _ours(weights, architecture(encoder.config.model_type).input_weight) is None
+    _warn_of_other_axes(source, about["orientation"] or (AXES_OF_NNUNET if foreign else None), encoder.config)
     return _report(path, found, rest.keys(), wanted.keys())
+
+
+def _warn_of_other_axes(source: str, theirs: str | None, config: PretrainedConfig) -> None:
+    ours = (config.preprocessing or {}).get("orientation")
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"{source} saw volumes along the axes {theirs}, this encoder sees them along {ours}: set data.orientation="
+            f"{theirs}, or its filters start out turned",
+            stacklevel=3,
+        )
 
 
 def _convert(
@@ -156,7 +171,7 @@ def _from_hub(source: str) -> Path:
 def _about(path: Path, content: dict) -> dict:
     """What a checkpoint, or the configuration beside it, says of itself: trainer, order of tokens, crop, model type."""
     trainer = content.get("trainer_name")
-    about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None}
+    about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None, "orientation": None}
     order = content.get("token_order")  # only ours say it
     about["token_order"] = order if order in ("xyz", "yxz") else None
     plan = _dict(content.get("nnssl_adaptation_plan"))
@@ -165,11 +180,14 @@ def _about(path: Path, content: dict) -> dict:
     sizes += [_dict(configuration).get("patch_size") for configuration in list(configurations.values())[:1]]
     beside = (path.parent / "config.json", path.parent / "encoder" / "config.json")  # the latter: in a run
     for file in beside:
-        if not content and file.is_file():
+        if file.is_file():
             known = read_json(file)
-            sizes.append(known.get("image_size"))
-            if isinstance(known.get("model_type"), str):
-                about["model_type"] = known["model_type"]
+            orientation = _dict(known.get("preprocessing")).get("orientation")
+            about["orientation"] = orientation if isinstance(orientation, str) else None
+            if not content:
+                sizes.append(known.get("image_size"))
+                if isinstance(known.get("model_type"), str):
+                    about["model_type"] = known["model_type"]
             break
     valid = [size for size in sizes if isinstance(size, (list, tuple)) and [type(n) for n in size] == [int] * 3]
     return about | {"image_size": valid[0] if valid else None}

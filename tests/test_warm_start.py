@@ -300,3 +300,24 @@ def test_several_encoders_in_one_file_are_not_guessed_at(tmp_path):
     torch.save({"network_weights": both, "trainer_name": "ConMAE"}, tmp_path / "two.pth")
     with pytest.raises(ValueError, match=r"holds several encoders \(a\., b\.\): keep one of them"):
         load_pretrained(primus_student(), str(tmp_path / "two.pth"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "warned"),
+    [(None, "RAS", True), (None, "SAR", False), ("RAS", "RAS", False), ("LPS", "RAS", True)],
+)
+def test_weights_that_saw_other_axes_are_warned_of(tmp_path, recwarn, theirs, ours, warned):
+    """Those of nnssl and nnU-Net saw [Z, Y, X]; ours say in config.json what they saw."""
+    student = primus_student()
+    student.features.encoder.config.preprocessing = {"orientation": ours}
+    if theirs:
+        other = primus_student().features.encoder
+        other.config.preprocessing = {"orientation": theirs}
+        other.save_pretrained(tmp_path)
+    else:
+        torch.save({"network_weights": MaskedAutoencoder((24, 24, 16), "xyz").state_dict()}, tmp_path / "foreign.pth")
+    load_pretrained(student, str(tmp_path if theirs else tmp_path / "foreign.pth"), None if theirs else "xyz")
+    words = [str(warning.message) for warning in recwarn if "along the axes" in str(warning.message)]
+    assert len(words) == warned
+    if warned:
+        assert f"set data.orientation={theirs or 'SAR'}" in words[0]

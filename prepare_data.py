@@ -43,6 +43,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="PREPARED", help="folder to fill, or to go on filling")
     add("--recipe", type=Path, default=RECIPE, help="whose section `data` says how (default: recipes/primus_m.yaml)")
     add("--labels", type=Path, help="folder of the maps of labels that go with the volumes, to prepare them alike")
+    add(
+        "--modality",
+        help="of all volumes, whatever their names and indexes say, such as CT: data.intensity_of_ct is theirs",
+    )
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
     add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
     add("--verify", action="store_true", help="prepare again what no longer has the checksum that it had")
@@ -61,6 +65,8 @@ def main(arguments: argparse.Namespace) -> None:
     numbers = load_data_section(arguments.recipe, arguments.overrides)
     listing = find_sources(arguments.source, numbers.include, numbers.exclude, arguments.labels)
     print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+    if arguments.modality:
+        listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
     job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
     cores = min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
     left = prepare_folder(listing, job, arguments.workers or cores, arguments.shard, arguments.verify)

@@ -98,7 +98,8 @@ def prepare_again(manifest: Manifest, path: str) -> bool:
         return False
     if file.exists() and file.stat().st_size >= row["bytes"]:
         return False
-    again = prepare_one(Source(path), Job(manifest.folder, Path(manifest.root), manifest.preparation))
+    source = Source(path, modality=row["modality"] or "")  # which says, too, whether it was taken for a CT
+    again = prepare_one(source, Job(manifest.folder, Path(manifest.root), manifest.preparation))
     return again["checksum"] == row["checksum"]
 
 
@@ -118,11 +119,14 @@ def prepare_one(source: Source, job: Job, image: nib.Nifti1Image | None = None) 
 
 
 def _prepared(source: Source, job: Job, where: Path | nib.Nifti1Image, row: dict[str, Any]) -> dict[str, Any]:
+    """The rest of a row, and in it the modality, if the values alone tell it."""
     how = job.preparation
     image = _patiently(partial(read_image, where, how.orientation), source.path)
     if is_label_map(image.voxels):
         raise NotAnImage("a map of labels or a mask: few whole numbers, the same over whole regions")
-    done = prepare(image.voxels, image.spacing, how.spacing)
+    rules = how.intensity, how.intensity_of_ct, source.modality
+    done = prepare(image.voxels, image.spacing, how.spacing, *rules)
+    row["modality"] = source.modality or ("CT" if done.is_ct else None)
     box, voxels = image.voxels[done.box], done.voxels.astype(how.precision)
     start = np.array([part.start for part in done.box])
     to_image = np.column_stack([done.to_box[:, :3], done.to_box[:, 3] + start])
@@ -132,8 +136,8 @@ def _prepared(source: Source, job: Job, where: Path | nib.Nifti1Image, row: dict
     if source.label:
         label = dict(zip(("label", "label_checksum"), _prepare_label(source, job, image, done, name)))
     checksum, size = _save(voxels, job.folder / "volumes" / name)
-    foreground = done.voxels[::EVERY, ::EVERY, ::EVERY] > 0
-    places = EVERY * np.argwhere(foreground)
+    foreground = done.voxels[::EVERY, ::EVERY, ::EVERY] > done.foreground_threshold
+    places = EVERY * np.argwhere(foreground if foreground.any() else ~foreground)
     ends = {0.0: box.min(), 100.0: box.max()}
     percentiles = np.percentile(box[::EVERY, ::EVERY, ::EVERY], PERCENTILES)
     return {
@@ -148,7 +152,8 @@ def _prepared(source: Source, job: Job, where: Path | nib.Nifti1Image, row: dict
         "source_mean": done.mean,
         "source_std": done.std,
         "source_percentiles": [float(ends.get(q, value)) for q, value in zip(PERCENTILES, percentiles)],
-        "foreground_threshold": 0.0,
+        "padding": float(voxels.dtype.type(done.padding)),  # as the voxels of the background are kept
+        "foreground_threshold": done.foreground_threshold,
         "foreground_share": foreground.mean(),
         "foreground_mean": places.mean(axis=0),
         "foreground_std": places.std(axis=0),
@@ -265,6 +270,8 @@ def _rows_on_record(job: Job) -> dict[str, dict[str, Any]]:
 def _is_done(row: dict[str, Any] | None, source: Source, job: Job, verify: bool) -> bool:
     if row is None or (row["source_bytes"], row["source_modified"]) != _stamp(job.root / source.path):
         return False
+    if source.modality not in ("", row.get("modality")):  # which may call for another rule
+        return False
     if row.get("reason"):
         return not source.label  # which may have been mended
     files = [(row["file"], row["checksum"], row["bytes"])]
@@ -294,6 +301,6 @@ def _stamp(path: Path) -> tuple[int | None, int | None]:
 
 def _file_name(path: str, row: dict[str, Any], how: Preparation) -> str:
     """Changes when the source or the preparation does; in one of 256 folders, which no file system minds."""
-    facts = [path, row.get("source_bytes"), row.get("source_modified"), asdict(how)]
+    facts = [path, *(row.get(key) for key in ("source_bytes", "source_modified", "modality")), asdict(how)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return f"{key[:2]}/{Path(path).name.split('.nii')[0][:60]}-{key}.npy"

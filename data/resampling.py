@@ -16,13 +16,14 @@ SPLINE_EDGE = 2  # coefficients beyond the border that voxels within it need
 
 
 def read_block(
-    volume: np.ndarray, affine: np.ndarray, crop_size: tuple[int, ...], interpolation: str
+    volume: np.ndarray, affine: np.ndarray, crop_size: tuple[int, ...], interpolation: str, padding: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of a (memory-mapped) volume that a view reads.
+    """The part of a volume that a view reads.
 
     Args:
         affine: its `crop_to_volume`, `[3, 4]`.
         interpolation: "linear", or "cubic" for splines, whose coefficients the block then holds.
+        padding: what is around the volume; the block is counted from it, and has 0 there.
 
     Returns:
         The block `[x, y, z]` float32, clipped to the volume, and the affine from crop voxel to block voxel.
@@ -35,6 +36,8 @@ def read_block(
     low = np.clip(np.floor(middle - reach), 0, last).astype(int)
     high = np.clip(np.ceil(middle + reach), 0, last).astype(int)
     block = np.array(volume[tuple(slice(a, b + 1) for a, b in zip(low, high))], dtype=np.float32)
+    if padding:
+        block -= np.float32(padding)
     if spline:
         block = np.pad(spline_filter(block, order=3, output=np.float32, mode="reflect"), SPLINE_EDGE, mode="symmetric")
         low -= SPLINE_EDGE
@@ -51,7 +54,7 @@ def is_a_copy(affine: np.ndarray) -> bool:
 def cut_views(
     blocks: list[torch.Tensor], affines: torch.Tensor, crop_size: tuple[int, ...], interpolation: str
 ) -> torch.Tensor:
-    """Views `[N, 1, X, Y, Z]` from their blocks; outside the volume they are 0, the mean of a z-scored one.
+    """Views `[N, 1, X, Y, Z]` from their blocks; outside the volume they are 0.
 
     Blocks differ in size, so each view is one launch; at millions of voxels each, that fills any device.
 

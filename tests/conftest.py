@@ -67,11 +67,13 @@ TINY = [
 ]
 
 
-def prepared(source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1) -> PreparedVolumes:
+def prepared(
+    source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1, **rules
+) -> PreparedVolumes:
     """The volumes of a folder, or one file, as a run has them."""
     one = source.is_file()
     listing = Listing(source.parent, [Source(source.name)], []) if one else find_sources(source)
-    assert prepare_folder(listing, Job(folder, listing.root, Preparation(orientation, spacing)), workers) == 0
+    assert prepare_folder(listing, Job(folder, listing.root, Preparation(orientation, spacing, **rules)), workers) == 0
     return PreparedVolumes(read_manifest(folder))
 
 

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import blobs, prepared, save_nifti
+from conftest import ROOT, blobs, prepared, save_nifti
 from scipy.ndimage import map_coordinates
 from test_gpu import NothingIsReadBack
 from test_stream import make_stream
@@ -20,8 +20,10 @@ from data.stream import render, stack_views
 from data.volume import prepare, prepare_array
 from models import PrimusConfig, PrimusModel
 from models.nnunet import adaptation_plan
+from train_cva import CVARecipe
 from training.export import processor
 from training.model_card import model_card
+from training.recipe import load_recipe
 from training.student import preprocessing
 
 WINDOW = {"rule": "window", "low": -1000, "high": 1000, "mean": 0, "std": 500}
@@ -340,7 +342,21 @@ def test_a_folder_prepared_by_another_rule_is_refused(both, tmp_path):
     assert Preparation("RAS", MM, intensity=WINDOW) == Preparation("RAS", MM, intensity=written)
 
 
-# --------------------------------------------------------------------------- what is said of it
+# --------------------------------------------------------------------------- recipes, and what is said of it
+
+
+@pytest.mark.parametrize("name", ["primus_m_ct", "resenc_l_ct"])
+def test_another_rule_replaces_all_numbers_of_the_one_before(name):
+    def rules(*overrides):
+        return load_recipe(ROOT / "recipes" / f"{name}.yaml", list(overrides), CVARecipe).data.rules()
+
+    assert rules() == {"intensity": WINDOW, "intensity_of_ct": None}
+    assert rules("data.intensity.low=-200")["intensity"] == {**WINDOW, "low": -200}
+    assert rules("data.intensity.rule=box")["intensity"] == BOX
+    changed = ("data.intensity.rule=percentile", "data.intensity.low=0.5", "data.intensity.high=99.5")
+    assert rules(*changed)["intensity"] == RULES["percentile"]
+    with pytest.raises(ValueError, match=r"data\.intensity\.low: missing; .*data\.intensity\.high: missing"):
+        rules("data.intensity.rule=percentile")
 
 
 def encoder(*rules):

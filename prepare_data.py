@@ -31,7 +31,8 @@ import psutil
 from data.hub import HubDataset, is_streamed
 from data.manifest import read_manifest
 from data.preparation_report import write_preparation_report
-from data.prepare import MEMORY, Job, prepare_folder, prepare_streamed
+from data.prepare_folder import MEMORY, prepare_folder, prepare_streamed
+from data.prepare_volume import Job
 from data.sources import find_sources
 from training.command_line import run as run_script
 from training.preparation import is_prepared, preparation
@@ -47,6 +48,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="PREPARED", help="folder to fill, or to go on filling")
     add("--recipe", type=Path, default=RECIPE, help="whose section `data` says how (default: recipes/primus_m.yaml)")
     add("--labels", type=Path, help="folder of the maps of labels that go with the volumes, to prepare them alike")
+    add(
+        "--modality",
+        help="of all volumes, whatever their names and indexes say, such as CT: data.intensity_of_ct is theirs",
+    )
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
     add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
     add("--verify", action="store_true", help="prepare again what no longer has the checksum that it had")
@@ -67,9 +72,9 @@ def main(arguments: argparse.Namespace) -> None:
     numbers = load_data_section(arguments.recipe, arguments.overrides)
     workers = arguments.workers or min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
     if is_streamed(arguments.source):
-        if arguments.labels or arguments.verify or numbers.include or numbers.exclude:
+        if arguments.labels or arguments.verify or arguments.modality or numbers.include or numbers.exclude:
             raise ValueError(
-                "--labels, --verify, data.include and data.exclude are for files, not for a streamed data set"
+                "--labels, --verify, --modality, data.include and data.exclude are for files: not for a streamed one"
             )
         dataset = HubDataset(arguments.source)
         print(f"found       {len(dataset)} files of rows in {arguments.source}")
@@ -78,6 +83,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
         print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+        if arguments.modality:
+            listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
         job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
         left = prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
     if left:

@@ -53,6 +53,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "image_processing_volume.py",
     "modeling_encoder.py",
     "nifti.py",
+    "normalisation.py",
     "volume.py",
     "preprocessor_config.json",
     ENCODER_WEIGHTS,

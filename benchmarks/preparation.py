@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.demo import demo_volume
 from data.manifest import Preparation
-from data.prepare import Job, prepare_one
+from data.prepare_volume import Job, prepare_one
 from data.sources import Source
 
 SPACING = (1.0, 1.0, 1.0)

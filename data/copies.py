@@ -30,7 +30,7 @@ def find_copies(manifest: Manifest, unreadable: dict[str, str]) -> Copies:
         unreadable: takes the files that cannot be read -> why.
     """
     rows = manifest.volumes
-    subjects = np.unique(manifest.subjects(), return_inverse=True)[1]
+    subjects = manifest.subjects[1]
     content = codes(rows["checksum"])
     order = np.lexsort((subjects, content))
     pairs = np.column_stack([order[:-1], order[1:]])[np.diff(content[order]) == 0]

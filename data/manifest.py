@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import write_whole
+from .normalisation import BOX, checked_rule
 
 NAME = "manifest.parquet"
 FORMAT = 1  # of the rows and of what the numbers in them mean
@@ -28,7 +29,7 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("subject", pa.string()),
         ("session", pa.string()),
-        ("modality", pa.string()),
+        ("modality", pa.string()),  # "CT", too, where nothing was known and the values are those of a CT
         ("file", pa.string()),  # below the manifest's folder
         ("bytes", pa.int64()),
         ("checksum", pa.string()),  # SHA-256
@@ -37,9 +38,10 @@ SCHEMA = pa.schema(
         ("source_shape", pa.list_(pa.int32())),  # [3]
         ("source_affine", pa.list_(pa.float64())),  # [4, 4], source voxel -> mm in the scanner
         ("prepared_to_source", pa.list_(pa.float64())),  # [3, 4], prepared voxel -> source voxel
-        ("source_mean", pa.float64()),  # of the box's voxels, as is
-        ("source_std", pa.float64()),
+        ("source_mean", pa.float64()),  # what was subtracted
+        ("source_std", pa.float64()),  # what was then divided by
         ("source_percentiles", pa.list_(pa.float32())),  # [7], PERCENTILES of the box's voxels, as is
+        ("padding", pa.float32()),  # what crops that reach beyond the volume have there
         ("foreground_threshold", pa.float32()),  # prepared voxels above are foreground
         ("foreground_share", pa.float32()),
         ("foreground_mean", pa.list_(pa.float64())),  # [3], of its voxels' places, in prepared voxels
@@ -50,7 +52,7 @@ SCHEMA = pa.schema(
 )
 
 
-FOR_RUNS = ("source", "reason", "is_bad", "dataset", "subject", "file", "checksum", "shape")
+FOR_RUNS = ("source", "reason", "is_bad", "dataset", "subject", "file", "checksum", "shape", "padding")
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,17 @@ class Preparation:
     orientation: str
     spacing: tuple[float, float, float]  # mm
     precision: str = "float16"
+    intensity: dict = field(default_factory=lambda: dict(BOX))  # the rule, see normalisation.py
+    intensity_of_ct: dict | None = None  # None: as all others
+
+    def __post_init__(self):  # one way to write a rule, for the fingerprint
+        for key in ("intensity", "intensity_of_ct"):
+            if (rule := getattr(self, key)) is not None:
+                object.__setattr__(self, key, checked_rule(rule))
 
     def differences(self, other: "Preparation") -> list[str]:
         then, now = asdict(self), asdict(other)
-        return [f"{key} {then[key]} is not {now[key]}" for key in then if then[key] != now[key]]
+        return [f"{key} {_plain(then[key])} is not {_plain(now[key])}" for key in then if then[key] != now[key]]
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,13 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged ({why}): remove it and run prepare_data.py again") from None
     raise ValueError(f"{path} is of another version of this project: run prepare_data.py again, into a new folder")
+
+
+def _plain(value: Any) -> str:
+    """As a recipe has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(part)}" for key, part in value.items()) + "}"
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def affine(row: dict[str, Any]) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 import errno
 import gzip
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 
-from .volume import BadVolume, prepare_array
+from .normalisation import BOX, BadVolume
+from .volume import prepare_array
 
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG}
 
@@ -24,18 +26,24 @@ class Image(NamedTuple):
 
 
 def read_volume(
-    source: str | Path | nib.spatialimages.SpatialImage, orientation: str, spacing: tuple[float, float, float]
+    source: str | Path | nib.spatialimages.SpatialImage,
+    orientation: str,
+    spacing: tuple[float, float, float],
+    intensity: Mapping = BOX,
+    intensity_of_ct: Mapping | None = None,
+    modality: str = "",
 ) -> np.ndarray:
     """Read one volume as the encoders see it: reoriented, then as `prepare_array` does.
 
     Args, Raises: of `read_image`.
         spacing: voxel size of the result in mm, (X, Y, Z).
+        intensity, intensity_of_ct, modality: see `prepare`.
 
     Returns:
         float32 `[X, Y, Z]`.
     """
     image = read_image(source, orientation)
-    return prepare_array(image.voxels, image.spacing, spacing)
+    return prepare_array(image.voxels, image.spacing, spacing, intensity, intensity_of_ct, modality)
 
 
 def read_image(source: str | Path | nib.spatialimages.SpatialImage, orientation: str) -> Image:

@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from .columns import codes, matrix
 from .files import write_whole
 from .manifest import Manifest, Preparation
-from .prepare import PERCENTILES
+from .prepare_volume import PERCENTILES
 from .store import StoredVolume
 
 SHOWN = 32  # volumes of the sheet

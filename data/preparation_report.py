@@ -39,7 +39,7 @@ def write_preparation_report(manifest: Manifest) -> Path:
 
 def _page(manifest: Manifest, rows: pa.Table, copies: Copies, unreadable: dict[str, str]) -> str:
     how, source = manifest.preparation, rows["source"]
-    subjects = np.unique(manifest.subjects(), return_inverse=True)[1]
+    subjects = manifest.subjects[1]
     session = codes(pc.fill_null(rows["session"], ""))
     small = int((matrix(rows["shape"], 3) < SMALL).any(axis=1).sum())
     mm = " x ".join(f"{size:g}" for size in how.spacing)

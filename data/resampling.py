@@ -16,13 +16,14 @@ SPLINE_EDGE = 2  # coefficients beyond the border that voxels within it need
 
 
 def read_block(
-    volume: np.ndarray, affine: np.ndarray, crop_size: tuple[int, ...], interpolation: str
+    volume: np.ndarray, affine: np.ndarray, crop_size: tuple[int, ...], interpolation: str, padding: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of a (memory-mapped) volume that a view reads.
+    """The part of a volume that a view reads.
 
     Args:
         affine: its `crop_to_volume`, `[3, 4]`.
         interpolation: "linear", or "cubic" for splines, whose coefficients the block then holds.
+        padding: what is around the volume; the block is counted from it, and has 0 there.
 
     Returns:
         The block `[x, y, z]` float32, clipped to the volume, and the affine from crop voxel to block voxel.
@@ -34,13 +35,18 @@ def read_block(
     last = np.array(volume.shape) - 1
     low = np.clip(np.floor(middle - reach), 0, last).astype(int)
     high = np.clip(np.ceil(middle + reach), 0, last).astype(int)
-    block = np.array(volume[tuple(slice(a, b + 1) for a, b in zip(low, high))], dtype=np.float32)
+    part = volume[tuple(slice(a, b + 1) for a, b in zip(low, high))]
+    # torch unpacks half precision 5 times faster than numpy
+    block = torch.from_numpy(part).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if padding:
+        block -= padding
     if spline:
-        block = np.pad(spline_filter(block, order=3, output=np.float32, mode="reflect"), SPLINE_EDGE, mode="symmetric")
+        filtered = spline_filter(block.numpy(), order=3, output=np.float32, mode="reflect")
+        block = torch.from_numpy(np.pad(filtered, SPLINE_EDGE, mode="symmetric"))
         low -= SPLINE_EDGE
     moved = affine.copy()
     moved[:, 3] -= low
-    return torch.from_numpy(block), torch.from_numpy(moved)
+    return block, torch.from_numpy(moved)
 
 
 def is_a_copy(affine: np.ndarray) -> bool:
@@ -51,7 +57,7 @@ def is_a_copy(affine: np.ndarray) -> bool:
 def cut_views(
     blocks: list[torch.Tensor], affines: torch.Tensor, crop_size: tuple[int, ...], interpolation: str
 ) -> torch.Tensor:
-    """Views `[N, 1, X, Y, Z]` from their blocks; outside the volume they are 0, the mean of a z-scored one.
+    """Views `[N, 1, X, Y, Z]` from their blocks; outside the volume they are 0.
 
     Blocks differ in size, so each view is one launch; at millions of voxels each, that fills any device.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from .manifest import NAME, Manifest
-from .prepare import RETRIES, prepare_again
+from .prepare_volume import RETRIES, prepare_again
 from .volume import BadVolume
 
 Read = TypeVar("Read")
@@ -26,11 +26,15 @@ class StoredVolume:
 
     Not a memory map: there, a disk that fails or a file that was cut short ends the process.
 
+    Args:
+        padding: what is around it.
+
     Raises:
         OSError: if it cannot be read, is no `.npy`, or is shorter than it says.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, padding: float = 0.0):
+        self.padding = padding
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115, it is read in `__getitem__`
         try:
             if np.lib.format.read_magic(self.file) != (1, 0):
@@ -77,6 +81,7 @@ class PreparedVolumes(Sequence):
         names, of = manifest.subjects
         self.subjects = of if rows is None else of[rows]  # a number a volume
         self.several_subjects = len(names) > 1
+        self.paddings = table["padding"].combine_chunks()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -85,7 +90,7 @@ class PreparedVolumes(Sequence):
         return self.manifest.folder / self.files[number].as_py()
 
     def __getitem__(self, number: int) -> StoredVolume:
-        return StoredVolume(self.path(number))
+        return StoredVolume(self.path(number), self.paddings[number].as_py())
 
     def read(self, number: int, use: Callable[[StoredVolume], Read]) -> Read:
         """What `use` returns of a volume. One that is gone or short is prepared again where its source is still there;

@@ -91,8 +91,9 @@ class SampleStream(Dataset):
 
         Returns:
             For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
-            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity`, `pair`
-            (the number of the sample) and `group`; and `unreadable`, a line for each volume that could not be read.
+            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity`, `padding`
+            (which blocks are counted from), `pair` (the number of the sample) and `group`; and `unreadable`, a line for
+            each volume that could not be read.
 
         Raises:
             OSError: if nothing can be read.
@@ -124,7 +125,10 @@ class SampleStream(Dataset):
         shared = draw_turn(turns, self.shared, self.spacing)
         own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
         affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
-        blocks, crop_to_block = zip(*(read_block(volume, a, self.crop_size, self.interpolation) for a in affines))
+        padding = getattr(volume, "padding", 0.0)
+        blocks, crop_to_block = zip(
+            *(read_block(volume, a, self.crop_size, self.interpolation, padding) for a in affines)
+        )
         affines = torch.from_numpy(affines)
         points, inside = alignment_points(affines, self.crop_size, **self.points)
         return {
@@ -135,6 +139,7 @@ class SampleStream(Dataset):
             "points": points.float(),
             "inside": inside.expand(2, -1),
             "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity),
+            "padding": torch.full((2,), padding, dtype=torch.float32),
             "pair": torch.full((2,), index),
         }
 
@@ -170,6 +175,8 @@ def render(
     """
     blocks = [block.to(device, non_blocking=True) for block in batch["block"]]
     clean = cut_views(blocks, batch["crop_to_block"], crop_size, interpolation)
+    if any(batch["padding"].tolist()):  # on the CPU: no GPU is waited for
+        clean += batch["padding"].to(device, non_blocking=True).view(-1, 1, 1, 1, 1)
     views = change_intensity(clean, batch["intensity"])
     if target == "clean" and views is clean:
         views = clean.clone()  # a batch takes the same memory whatever was drawn

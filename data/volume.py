@@ -1,9 +1,12 @@
-"""What is done to a volume once it is read: box, z-score, resampling. Goes to the Hub with the processor."""
+"""What is done to a volume once it is read: crop, scale, resample. Goes to the Hub with the processor."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import zoom
+
+from .normalisation import BOX, BadVolume, checked_rule, is_ct, normalise
 
 PLAUSIBLE_SPACING = (0.01, 50.0)  # mm; beyond, the header is wrong or in another unit
 ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is not interpolated (nnU-Net's rule)
@@ -13,38 +16,57 @@ MOST_LABELS = 1024  # different values; FreeSurfer's maps have some hundred
 ALIKE = 0.6  # share of neighbours of one value above which a volume is a map of labels
 
 
-class BadVolume(ValueError):
-    """A file that cannot be used for training; the message says why, in one line."""
-
-
 class NotAnImage(BadVolume):
     """A sound file of something else."""
 
 
 class Prepared(NamedTuple):
-    voxels: np.ndarray  # float32 [X, Y, Z], of mean 0 and standard deviation 1 before resampling
+    voxels: np.ndarray  # float32 [X, Y, Z]
     box: tuple[slice, slice, slice]  # of the volume that it was cut from
     to_box: np.ndarray  # [3, 4], from its voxels to the box's
-    mean: float  # of the box's voxels, as is
-    std: float
+    mean: float  # what was subtracted from the box's voxels
+    std: float  # what they were then divided by
+    padding: float  # what crops that reach beyond the volume have there
+    foreground_threshold: float  # voxels above are foreground
+    is_ct: bool
 
 
-def prepare_array(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+def prepare_array(
+    volume: np.ndarray,
+    old_spacing: np.ndarray,
+    spacing: tuple[float, float, float],
+    intensity: Mapping = BOX,
+    intensity_of_ct: Mapping | None = None,
+    modality: str = "",
+) -> np.ndarray:
     """`prepare` for the encoder alone: float32 `[X, Y, Z]`."""
-    return prepare(volume, old_spacing, spacing).voxels
+    return prepare(volume, old_spacing, spacing, intensity, intensity_of_ct, modality).voxels
 
 
-def prepare(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, float, float]) -> Prepared:
-    """Crop a volume to its non-zero box, z-score it, resample it: what is left to do once it is oriented.
+def prepare(
+    volume: np.ndarray,
+    old_spacing: np.ndarray,
+    spacing: tuple[float, float, float],
+    intensity: Mapping = BOX,
+    intensity_of_ct: Mapping | None = None,
+    modality: str = "",
+) -> Prepared:
+    """Crop a volume and bring it to the scale of its rule, resample it: what is left to do once it is oriented.
 
     Args:
         volume: `[X, Y, Z]`, the axes as the encoder wants them.
         old_spacing: its voxel size in mm, (X, Y, Z).
         spacing: voxel size of the result in mm.
+        intensity: the rule, see `normalisation.py`.
+        intensity_of_ct: the rule of a CT; None for that of all others.
+        modality: of the volume; "" where it is not known, a CT is then told by its values.
 
     Raises:
-        BadVolume: if it is not 3D, constant, of an impossible spacing or size, or has NaN or infinite voxels.
+        BadVolume: if it is not 3D, constant, of an impossible spacing or size, without foreground, or has NaN or
+            infinite voxels.
+        ValueError: if a rule is none.
     """
+    rule, rule_of_ct = checked_rule(intensity), checked_rule(intensity if intensity_of_ct is None else intensity_of_ct)
     volume, old_spacing = np.asarray(volume, dtype=np.float32), np.asarray(old_spacing, dtype=float)
     if volume.ndim != 3 or min(volume.shape) < 2:
         raise BadVolume(f"shape {volume.shape} is not a 3D volume")
@@ -52,16 +74,13 @@ def prepare(volume: np.ndarray, old_spacing: np.ndarray, spacing: tuple[float, f
         raise BadVolume(f"its voxel size {old_spacing.tolist()} is not a size in mm; mend the header")
     if not np.isfinite(volume).all():
         raise BadVolume(f"{int((~np.isfinite(volume)).sum())} voxels are NaN or infinite")
-    box = _nonzero_box(volume)
-    volume = volume[box]
-    mean, std = float(volume.mean(dtype=np.float64)), float(volume.std(dtype=np.float64))
-    if std < 1e-8:
-        raise BadVolume("all voxels are the same")
+    ct = is_ct(volume, modality)
+    volume, box, mean, std, padding, threshold = normalise(volume, rule_of_ct if ct else rule)
     shape = _shape_at(volume.shape, old_spacing, np.asarray(spacing))
-    volume = (volume - np.float32(mean)) / np.float32(std)
     scale = np.divide(volume.shape, shape)  # voxel i spans [i - .5, i + .5], so both grids begin at -.5
     to_box = np.column_stack([np.diag(scale), (scale - 1) / 2])
-    return Prepared(np.ascontiguousarray(_resample(volume, old_spacing, shape)), box, to_box, mean, std)
+    voxels = np.ascontiguousarray(_resample(volume, old_spacing, shape))
+    return Prepared(voxels, box, to_box, mean, std, padding, threshold, ct)
 
 
 def prepare_labels(labels: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -96,15 +115,6 @@ def is_label_map(voxels: np.ndarray) -> bool:
     pairs = inside[..., 1:] & inside[..., :-1]
     alike = (slabs[..., 1:] == slabs[..., :-1]) & pairs
     return bool(alike.sum() > ALIKE * pairs.sum())
-
-
-def _nonzero_box(volume: np.ndarray) -> tuple[slice, slice, slice]:
-    """All of a volume that is zero throughout."""
-    box = []
-    for axis in range(3):
-        used = np.flatnonzero(volume.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, volume.shape[axis]))
-    return tuple(box)
 
 
 def _shape_at(shape: tuple[int, ...], old: np.ndarray, new: np.ndarray) -> tuple[int, ...]:

@@ -32,13 +32,15 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
             f"{config.preprocessing['orientation']}: choose its spacing by hand there",
             stacklevel=2,
         )
+    if otherwise := normalises_otherwise(config):
+        warnings.warn(otherwise, stacklevel=2)
     isotropic = spacing == [1.0, 1.0, 1.0]
     resampling = {"order_z": 0, "force_separate_z": None}
     configuration = {
         "data_identifier": name,
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": "onemmiso" if isotropic else "fixed",
-        "normalization_schemes": ["ZScoreNormalization"] * config.num_channels,
+        "normalization_schemes": [_normalization(config)] * config.num_channels,
         "use_mask_for_norm": [False] * config.num_channels,
         "resampling_fn_data": "resample_data_or_seg_to_shape",
         "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **resampling},
@@ -63,6 +65,25 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
         "recommended_downstream_patchsize": patch_size,
         **names.keys,
     }
+
+
+def normalises_otherwise(config: PretrainedConfig) -> str | None:
+    """What to say where nnU-Net does not bring intensities to the scale that the encoder was trained on."""
+    steps = config.preprocessing
+    rules = [rule["rule"] for rule in (steps.get("intensity"), steps.get("intensity_of_ct")) if rule]
+    if {*rules} <= {"box"}:
+        return None
+    theirs = "its path for pretrained encoders z-scores every volume, whatever a plan says"
+    if _normalization(config) == "CTNormalization":
+        theirs += "; CTNormalization, the nearest that it has, clips to percentiles of the data set's foreground and "
+        theirs += "scales by its mean and standard deviation, not by fixed numbers"
+    return f"nnU-Net normalises otherwise than this encoder was trained with ({steps['normalisation']}): {theirs}"
+
+
+def _normalization(config: PretrainedConfig) -> str:
+    """The nearest that nnU-Net has."""
+    rule = (config.preprocessing.get("intensity") or {}).get("rule")
+    return "CTNormalization" if rule == "window" else "ZScoreNormalization"
 
 
 def fresh_decoder(config: PretrainedConfig) -> dict[str, torch.Tensor]:

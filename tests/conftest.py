@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from data.manifest import Preparation, read_manifest
-from data.prepare import Job, prepare_folder
+from data.prepare_folder import prepare_folder
+from data.prepare_volume import Job
 from data.sources import Listing, Source, find_sources
 from data.store import PreparedVolumes
 
@@ -67,11 +68,13 @@ TINY = [
 ]
 
 
-def prepared(source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1) -> PreparedVolumes:
+def prepared(
+    source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1, **rules
+) -> PreparedVolumes:
     """The volumes of a folder, or one file, as a run has them."""
     one = source.is_file()
     listing = Listing(source.parent, [Source(source.name)], []) if one else find_sources(source)
-    assert prepare_folder(listing, Job(folder, listing.root, Preparation(orientation, spacing)), workers) == 0
+    assert prepare_folder(listing, Job(folder, listing.root, Preparation(orientation, spacing, **rules)), workers) == 0
     return PreparedVolumes(read_manifest(folder))
 
 

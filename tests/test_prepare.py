@@ -17,9 +17,10 @@ from test_nifti import bad_files
 from test_stream import make_stream
 
 import prepare_data
-from data import prepare
+from data import prepare_volume
 from data.manifest import Preparation, read_manifest
-from data.prepare import Job, prepare_folder
+from data.prepare_folder import prepare_folder
+from data.prepare_volume import Job
 from data.sources import find_sources
 from data.store import PreparedVolumes, UnreadableVolume
 from data.volume import prepare_array
@@ -29,7 +30,7 @@ RAS = Preparation("RAS", (1.0, 1.0, 1.0))
 
 @pytest.fixture(autouse=True)
 def disks_answer_at_once(monkeypatch):
-    monkeypatch.setattr(prepare, "RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(prepare_volume, "RETRIES", (0.0, 0.0))
     monkeypatch.setattr("data.store.RETRIES", (0.0, 0.0))
 
 

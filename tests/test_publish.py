@@ -47,6 +47,7 @@ FILES = {
     "configuration_encoder.py",
     "image_processing_volume.py",
     "nifti.py",
+    "normalisation.py",
     "volume.py",
 }
 

@@ -69,6 +69,7 @@ PUBLISHED = {  # of both networks: methods and trainers of the paper and its cod
         "exclude": [],
         "leave_out": [],
         "validation_share": 0.01,
+        "intensity": {"rule": "box"},
         "max_bad_share": 0.05,
     },
     "views": {
@@ -206,6 +207,19 @@ def test_overrides():
         (["name=../x"], r"name: .*pattern"),
         (["intensity.noise_std.probability=2"], r"intensity\.noise_std\.probability"),
         (["data.orientation=XYZ"], r"data\.orientation"),
+        (["data.intensity={rule: windows}"], r"data\.intensity\.rule=windows: there are 'box', 'foreground', 'window'"),
+        (["data.intensity={}"], r"data\.intensity\.rule: missing"),
+        (
+            ["data.intensity_of_ct.rule=window"],
+            r"data\.intensity_of_ct\.low: missing; .*data\.intensity_of_ct\.std: miss",
+        ),
+        (["data.intensity={rule: percentile, low: 9, high: 5}"], r"data\.intensity: low=9 must be below high=5"),
+        (["data.intensity={rule: percentile, low: 9, hi: 5}"], r"intensity\.hi: no such key"),
+        (
+            ["data.intensity_of_ct={rule: window, low: 0, high: 9, mean: 0, std: 0}"],
+            r"data\.intensity_of_ct\.std: .*greater",
+        ),
+        (["data.intensity.mean=3"], r"data\.intensity\.mean: no such key"),
         (["views.crop_size=[16,16,16]"], r"views\.crop_size=\[16, 16, 16\] is too small .*use 24 or more"),
         (["views.crop_size=[1,2"], r"views\.crop_size: cannot read the value"),
         (["optimizer.betas=[1,1]"], r"optimizer\.betas"),

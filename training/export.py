@@ -33,7 +33,8 @@ FACTS = "pretraining.json"  # what is known of the run that made the weights
 
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:
     """The object that does what `config.preprocessing` says."""
-    return VolumeImageProcessor(**{key: config.preprocessing[key] for key in ("orientation", "spacing", "crop_size")})
+    known = ("orientation", "spacing", "crop_size", "intensity", "intensity_of_ct")  # an older one lacks the last two
+    return VolumeImageProcessor(**{key: config.preprocessing[key] for key in known if key in config.preprocessing})
 
 
 def for_use(config: PretrainedConfig) -> PretrainedConfig:

@@ -5,6 +5,9 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from models import architecture
+from models.nnunet import normalises_otherwise
+
+from .intensity_in_words import CTS, rules_of, steps_of
 
 
 def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str | None = None, nnunet: str = "") -> str:
@@ -104,15 +107,19 @@ read n channels."""
 
 
 def _preparation(steps: dict) -> str:
+    intensity, of_ct = rules_of(steps)
+    crop, scale, padding = steps_of(intensity)
+    of_cts = steps_of(of_ct) if of_ct else ""
+    cts = of_cts and f"\n\n{CTS}: 2. crop to {of_cts[0]}; 3. {of_cts[1]}; 5. pad with {of_cts[2]}."
     return f"""## Preparation of a volume
 
 The processor does this, in this order, with the code that prepared the training data:
 
 1. Orientation {steps["orientation"]}.
-2. Crop to the box of non-zero voxels.
-3. Subtract the mean of that box and divide by its standard deviation.
+2. Crop to {crop}.
+3. {scale[0].upper()}{scale[1:]}.
 4. Resample to {_times(steps["spacing"])} mm; {steps["interpolation"]}.
-5. Crop to {_times(steps["crop_size"])} voxels; pad with 0."""
+5. Crop to {_times(steps["crop_size"])} voxels; pad with {padding}.{cts}"""
 
 
 def _training(facts: dict) -> str:
@@ -164,6 +171,8 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     spacing = "_".join(f"{s:.2f}" for s in config.preprocessing["spacing"])
     plan = f"ptPlans__{name}____Spacing__{spacing}___Norm__Z"
     source = f"https://huggingface.co/{where}" if on_hub else f"{where}/checkpoint_final.pth"
+    otherwise = normalises_otherwise(config)
+    note = f"\n\nIntensities: {otherwise}." if otherwise else ""
     released = ""
     if names.decoder:
         decoder = "pretrained too" if has_decoder else "freshly initialised"
@@ -187,7 +196,7 @@ nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {names.trainer}
 The dataset must have been planned before (`nnUNetv2_plan_and_preprocess -d DATASET --no_pp`), and with n channels the
 plan's name ends in n times `_Z`. nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on
 the axes {config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order
-for files stored as RAS."""
+for files stored as RAS.{note}"""
 
 
 def _dict(value: object) -> dict:

@@ -7,7 +7,8 @@ import numpy as np
 
 from data.demo import demo_volume
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
-from data.prepare import Job, prepare_folder
+from data.prepare_folder import prepare_folder
+from data.prepare_volume import Job
 from data.sources import Listing, Source, find_sources
 
 from .recipe import Recipe
@@ -17,7 +18,7 @@ SHOWN = 20  # files left out that are named
 
 
 def preparation(data: Data) -> Preparation:
-    return Preparation(data.orientation, data.spacing)
+    return Preparation(data.orientation, data.spacing, **data.rules())
 
 
 def is_prepared(folder: Path | None) -> bool:
@@ -58,8 +59,8 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
     manifest = read_manifest(folder, FOR_RUNS)
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(
-            f"{folder} was prepared otherwise than the recipe says ({'; '.join(other)}): set data.spacing and "
-            "data.orientation as they were, or prepare again into another folder"
+            f"{folder} was prepared otherwise than the recipe says ({'; '.join(other)}): set these keys of "
+            "data as they were, or prepare again into another folder"
         )
     _say_what_there_is(manifest, recipe)
     return folder
@@ -84,4 +85,4 @@ def _say_what_there_is(manifest: Manifest, recipe: Recipe) -> None:
     small = np.flatnonzero((shapes < recipe.views.crop_size).any(axis=1))
     if len(small):
         first = volumes["source"][int(small[0])]
-        print(f"small       {len(small)} are smaller than the crop and are padded with 0, such as {first}")
+        print(f"small       {len(small)} are smaller than the crop and are padded, such as {first}")

@@ -15,6 +15,9 @@ from models.section import Section
 
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
+KINDS = ("architecture", "name", "rule")  # keys that say which kind of a section it is
+TAGS = {*ARCHITECTURES, "adamw", "sgd", "box", "foreground", "window", "percentile"}  # what they may say
+
 Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP007
 
 
@@ -136,7 +139,10 @@ def _override(numbers: dict, overrides: list[str]) -> None:
         if not isinstance(place, dict):
             raise ValueError(f"{key}: no such section in the recipe")
         try:
-            place[last] = yaml.safe_load(value)
+            value = yaml.safe_load(value)
+            if last == "rule" and value != place.get(last):
+                place.clear()  # the numbers are those of the other rule
+            place[last] = value
         except yaml.YAMLError:
             raise ValueError(f"{key}: cannot read the value {value!r}") from None
 
@@ -188,7 +194,7 @@ def _merge(base: dict, changes: dict) -> dict:
         if (
             isinstance(old, dict)
             and isinstance(value, dict)
-            and not any(kind in value and value[kind] != old.get(kind) for kind in ("architecture", "name"))
+            and not any(kind in value and value[kind] != old.get(kind) for kind in KINDS)
         ):
             value = _merge(old, value)
         merged[key] = value
@@ -196,8 +202,7 @@ def _merge(base: dict, changes: dict) -> dict:
 
 
 def _readable(error: dict, kind: type[Recipe]) -> str:
-    tags = {*ARCHITECTURES, "adamw", "sgd"}  # which kind of a section it is, not a key
-    names = [str(part) for part in error["loc"] if part not in tags]
+    names = [str(part) for part in error["loc"] if part not in TAGS]  # which are no keys
     key = ".".join(names)
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key in a recipe" + _meant(key, _all_keys(kind))
@@ -206,6 +211,8 @@ def _readable(error: dict, kind: type[Recipe]) -> str:
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         return f"{key}.{context['discriminator'].strip(chr(39))}={context['tag']}: there are {context['expected_tags']}"
+    if error["type"] == "union_tag_not_found":
+        return f"{key}.{error['ctx']['discriminator'].strip(chr(39))}: missing; add it to the recipe"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", not {error['input']!r}"
     if message.startswith(f"{key}."):  # it names its key itself

@@ -7,6 +7,49 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from models.section import BelowOne, PositiveFloat, Section, Share, Size3, Weight
 
 Angle = Annotated[float, Field(ge=0, le=180)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class BoxRule(Section):
+    """Crop to the box of non-zero voxels, z-score it, pad with 0: as published."""
+
+    rule: Literal["box"]
+
+
+class ForegroundRule(Section):
+    """Crop to the box of the foreground, z-score by its mean and standard deviation."""
+
+    rule: Literal["foreground"]
+
+
+class WindowRule(Section):
+    """Clip to a window and scale by fixed numbers: a value, such as the HU of a tissue, is the same in all volumes."""
+
+    rule: Literal["window"]
+    low: float
+    high: float
+    mean: float  # what is subtracted
+    std: PositiveFloat  # what is divided by
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
+        return self
+
+
+class PercentileRule(Section):
+    """As `ForegroundRule`, once all is clipped to two percentiles of the foreground."""
+
+    rule: Literal["percentile"]
+    low: Percent
+    high: Percent
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
+        return self
 
 
 class Data(Section):
@@ -16,6 +59,10 @@ class Data(Section):
     exclude: list[str]
     leave_out: list[str]  # subjects that are not trained on, as SUBJECT or DATASET/SUBJECT, or paths; may be patterns
     validation_share: Share  # of the subjects, 200 at most; none below 20 subjects
+    intensity: Annotated[BoxRule | ForegroundRule | WindowRule | PercentileRule, Field(discriminator="rule")]
+    intensity_of_ct: Annotated[
+        BoxRule | ForegroundRule | WindowRule | PercentileRule | None, Field(discriminator="rule")
+    ]  # null: as all others
     max_bad_share: Share  # more unusable files, or of the last 1,000 samples, than this stop the run
 
     @field_validator("orientation")
@@ -24,6 +71,10 @@ class Data(Section):
         if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
             raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
         return orientation
+
+    def rules(self) -> dict[str, dict | None]:
+        """Of intensity, as plain dicts."""
+        return self.model_dump(include={"intensity", "intensity_of_ct"})
 
 
 class Chance(Section):

@@ -18,6 +18,7 @@ from conftest import (
     config,
     launch,
     model_state,
+    prepared,
     save_nifti,
     whole_state,
 )
@@ -237,13 +238,17 @@ def test_a_machine_without_git(monkeypatch):
 
 @pytest.mark.slow
 def test_other_data_cannot_resume(run_of, volumes, tmp_path):
+    """Prepared ones; raw ones are not even looked at, since all that is needed was prepared."""
     shutil.copytree(volumes, tmp_path / "data")
     save_nifti(tmp_path / "data" / "a.nii", blobs(9, (41, 44, 36)))  # same name, other volume
+    prepared(tmp_path / "data", tmp_path / "ready")
     output = tmp_path / "run"
     shutil.copytree(run_of("zero2"), output)
     common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]
-    done = launch(*common, "--data", tmp_path / "data", ranks=2, check=False)
+    done = launch(*common, "--data", tmp_path / "ready", ranks=2, check=False)
     assert "are not those that" in done.stderr
+    done = launch(*common, "--data", tmp_path / "data", ranks=2)
+    assert f"--data {tmp_path / 'data'} is not looked at" in done.stdout
     assert losses(output) == losses(run_of("zero2"))
 
 

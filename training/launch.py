@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .guards import end_at_once_if_asked
+from .preparation import is_prepared
 from .recipe import Recipe
 from .run_folder import RunFolder, choose_folder
 from .strategy import Strategy, read_strategy
@@ -84,7 +85,8 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
             raise ValueError(
                 f"run.log_gradients needs whole weights on each rank, which {strategy.source} does not give"
             )
-        if arguments.data and not arguments.data.exists():
+        has_volumes = arguments.resume and is_prepared(arguments.prepared or folder.prepared)
+        if arguments.data and not arguments.data.exists() and not has_volumes:
             raise ValueError(f"--data {arguments.data}: no such folder or file")
         if first:
             _say_what_is_default(recipe, bool(arguments.recipe), bool(arguments.data))

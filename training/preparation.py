@@ -57,6 +57,9 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
         left = prepare_folder(listing, job, joblib.cpu_count())
         assert not left
     manifest = read_manifest(folder, FOR_RUNS)
+    raw = data.absolute() if data and not is_prepared(data) else None
+    if resumes and raw and Path(manifest.root) not in (raw, raw.parent):  # the latter of an index
+        print(f"resume      on the volumes that {folder} has of {manifest.root}; --data {data} is not looked at")
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(
             f"{folder} was prepared otherwise than the recipe says ({'; '.join(other)}): set these keys of "

@@ -4,7 +4,7 @@ The demo, on any machine, with nothing else to download; CPU, or up to 4 GPUs (8
 
     accelerate launch train_cva.py --config ds_configs/zero2.json
 
-Your own volumes (.nii, .nii.gz, any layout of folders) on 8 GPUs; the batch of the recipe is over all of them:
+Your own volumes on 8 GPUs, prepared by prepare_data.py or not; the batch of the recipe is over all of them:
 
     accelerate launch --multi_gpu --num_processes 8 train_cva.py --config ds_configs/zero2.json \\
         --recipe recipes/primus_m.yaml --data FOLDER --output runs/primus_m train.batch_size=8

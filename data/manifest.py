@@ -147,8 +147,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_plain(part)}" for key, part in value.items()) + "}"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def affine(row: dict[str, Any]) -> np.ndarray:
-    """`prepared_to_source` of a row as a matrix `[3, 4]`, from prepared voxel to the source's voxel."""
-    return np.reshape(row["prepared_to_source"], (3, 4))

@@ -71,9 +71,10 @@ class PreparedVolumes(Sequence):
 
     Args:
         rows: numbers of `manifest.volumes`; None for all.
+        draw: what is drawn with equal chances: one of the "volumes", "subjects" or "datasets", and then of its volumes.
     """
 
-    def __init__(self, manifest: Manifest, rows: Sequence[int] | None = None):
+    def __init__(self, manifest: Manifest, rows: Sequence[int] | None = None, draw: str = "volumes"):
         table = manifest.volumes if rows is None else manifest.volumes.take(pa.array(rows))
         self.manifest = manifest
         self.files = table["file"].combine_chunks()
@@ -82,6 +83,18 @@ class PreparedVolumes(Sequence):
         self.subjects = of if rows is None else of[rows]  # a number a volume
         self.several_subjects = len(names) > 1
         self.paddings = table["padding"].combine_chunks()
+        self.chances = None  # of each volume, added up
+        if draw != "volumes":
+            datasets = table["dataset"].combine_chunks().fill_null("").dictionary_encode().indices.to_numpy()
+            of = {"subjects": self.subjects, "datasets": datasets}[draw]
+            _, of, counts = np.unique(of, return_inverse=True, return_counts=True)
+            self.chances = np.cumsum(1 / counts[of]) / len(counts)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """The number of a volume."""
+        if self.chances is None:
+            return int(rng.integers(len(self)))
+        return min(int(np.searchsorted(self.chances, rng.random(), side="right")), len(self) - 1)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -99,7 +99,7 @@ class SampleStream(Dataset):
             OSError: if nothing can be read.
         """
         geometry, replacements = (np.random.default_rng(self._seed(index, p)) for p in ("geometry", "replacement"))
-        unreadable, number = [], int(geometry.integers(len(self.volumes)))
+        unreadable, number = [], self._draw(geometry)
         while len(unreadable) < MOST_REPLACEMENTS:
             try:
                 if isinstance(self.volumes, PreparedVolumes):
@@ -109,8 +109,12 @@ class SampleStream(Dataset):
                 return sample | {"group": torch.full((2,), self._group(index, number)), "unreadable": unreadable}
             except UnreadableVolume as error:
                 unreadable.append(f"sample {index}: {error}")
-                number = int(replacements.integers(len(self.volumes)))
+                number = self._draw(replacements)
         raise OSError(f"{MOST_REPLACEMENTS} volumes one after the other cannot be read; {unreadable[-1]}")
+
+    def _draw(self, rng: np.random.Generator) -> int:
+        drawn = isinstance(self.volumes, PreparedVolumes)
+        return self.volumes.draw(rng) if drawn else int(rng.integers(len(self.volumes)))
 
     def _group(self, index: int, number: int) -> int:
         known = isinstance(self.volumes, PreparedVolumes) and self.volumes.several_subjects
@@ -121,7 +125,7 @@ class SampleStream(Dataset):
 
     def _sample(self, index: int, volume: StoredVolume | np.ndarray) -> dict[str, torch.Tensor]:
         geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
-        geometry.integers(len(self.volumes))  # which volume
+        self._draw(geometry)  # which volume
         shared = draw_turn(turns, self.shared, self.spacing)
         own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
         affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)

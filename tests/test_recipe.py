@@ -67,6 +67,7 @@ PUBLISHED = {  # of both networks: methods and trainers of the paper and its cod
         "spacing": (1, 1, 1),
         "include": [],
         "exclude": [],
+        "draw": "volumes",
         "leave_out": [],
         "validation_share": 0.01,
         "intensity": {"rule": "box"},

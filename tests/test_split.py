@@ -12,6 +12,7 @@ from test_stream import make_stream
 
 from data.manifest import SCHEMA, Manifest, Preparation
 from data.split import split_by_subject
+from data.store import PreparedVolumes
 from data.stream import stack_views
 from training.metrics import read_metrics
 
@@ -83,6 +84,23 @@ def test_samples_of_the_only_subject_are_groups_of_their_own(tmp_path):
     save_nifti(tmp_path / "data" / "one.nii.gz", blobs(1))
     stream = make_stream(prepared(tmp_path / "data", tmp_path / "ready"), 7)
     assert [int(stream[index]["group"][0]) for index in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("draw", "chances"),
+    [
+        ("volumes", [1 / 5] * 5),
+        ("subjects", [1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6]),
+        ("datasets", [1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4]),
+    ],
+)
+def test_what_is_drawn_with_equal_chances(draw, chances):
+    whose = [("a", "1"), ("a", "1"), ("a", "2"), ("b", "1"), ("b", "1")]
+    rows = [{"source": f"{i}.nii", "dataset": d, "subject": s, "file": str(i)} for i, (d, s) in enumerate(whose)]
+    of = Manifest(None, pa.Table.from_pylist(rows, schema=SCHEMA), Preparation("RAS", (1, 1, 1)), "", 0)
+    volumes, rng = PreparedVolumes(of, draw=draw), np.random.default_rng(0)
+    found = np.bincount([volumes.draw(rng) for _ in range(20_000)], minlength=5) / 20_000
+    np.testing.assert_allclose(found, chances, atol=0.015)
 
 
 @pytest.mark.slow

@@ -129,6 +129,8 @@ def _training(facts: dict) -> str:
     volumes = facts.get("volumes", "an unknown number of")
     described = facts.get("data_description")
     seen = f"{volumes} volume{'s' if volumes != 1 else ''}" + (f" ({described})" if described else "")
+    if kept := facts.get("validation_subjects"):
+        seen += f"; {kept} more subject{'s' if kept != 1 else ''} kept for validation"
     hours = facts.get("hours", 0.0)
     train = recipe.get("train", {})
     took = (

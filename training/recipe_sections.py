@@ -57,6 +57,7 @@ class Data(Section):
     spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
     include: list[str]  # patterns of paths or names, such as "*_T1w.nii.gz"; [] for all that looks like an image
     exclude: list[str]
+    draw: Literal["volumes", "subjects", "datasets"]  # which have equal chances; then one of its volumes is drawn
     leave_out: list[str]  # subjects that are not trained on, as SUBJECT or DATASET/SUBJECT, or paths; may be patterns
     validation_share: Share  # of the subjects, 200 at most; none below 20 subjects
     intensity: Annotated[BoxRule | ForegroundRule | WindowRule | PercentileRule, Field(discriminator="rule")]

@@ -126,7 +126,7 @@ class Run:
         prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
         manifest = read_manifest(from_main_rank(self.group, prepare), FOR_RUNS)
         split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
-        self.volumes = PreparedVolumes(manifest, split.training)
+        self.volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
         self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
         say_what_is_trained_on(self, split)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +16,7 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from .manifest import NAME, Preparation, read_manifest, write_manifest
-from .prepare_volume import Job, prepare_one, stamp
+from .prepare_volume import Job, bytes_at_most, prepare_one, stamp
 from .sources import Listing, Source
 
 if TYPE_CHECKING:
@@ -45,12 +47,14 @@ def prepare_folder(
             stays valid.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    known = _on_record(job).rows
+    with FileLock(job.folder / ".lock"):
+        known = _on_record(job).rows
     listed = {source.path for source in listing.sources}
     if known and not listed & known.keys():
         raise ValueError(f"{job.folder} holds volumes of another folder than {job.root}: choose another")
     number, shards = shard
     todo = [s for s in listing.sources[number::shards] if not _is_done(known.get(s.path), s, job, verify)]
+    _check_room(todo, job)
     with _Journal(job) as journal:
         for row in _in_parallel(((source, None) for source in todo), job, min(workers, len(todo)), len(todo)):
             journal.write(row)
@@ -69,7 +73,8 @@ def prepare_streamed(dataset: "HubDataset", job: Job, workers: int, shard: tuple
         How many files of rows others still have to prepare.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    record, (first, shards) = _on_record(job), shard
+    with FileLock(job.folder / ".lock"):
+        record, (first, shards) = _on_record(job), shard
     with _Journal(job) as journal:
         for number in set(range(first, len(dataset), shards)) - record.finished:
             new = ((source, content) for source, content in dataset.read(number) if source.path not in record.rows)
@@ -89,6 +94,22 @@ def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
     write_manifest(job.folder, rows, job.preparation, root, finished)
     for journal in (job.folder / JOURNALS).glob("*.jsonl"):
         journal.unlink()
+
+
+def _check_room(todo: list[Source], job: Job) -> None:
+    """Raise ValueError where there is room for less than half of what headers say, warn where not for all."""
+    looked_at = todo[:: 1 + len(todo) // 100]
+    sizes = [bytes_at_most(job.root / source.path, job.preparation) for source in looked_at]
+    needed = len(todo) * sum(sizes) / max(1, len(sizes))
+    free = shutil.disk_usage(job.folder).free
+    if free < needed:
+        say = (
+            f"{job.folder}: {free / 1e9:.1f} GB free on its disk, up to {needed / 1e9:.1f} GB needed for prepared "
+            "volumes (less where they have margins): free some, choose another folder, or a coarser data.spacing"
+        )
+        if free < needed / 2:
+            raise ValueError(say)
+        warnings.warn(say, stacklevel=2)
 
 
 def _in_parallel(
@@ -146,7 +167,7 @@ def _on_record(job: Job) -> _Record:
         found.append(manifest.preparation)
         rows = {row["source"]: row for row in manifest.table.to_pylist()}
         finished = set(range(manifest.finished))
-    for journal in sorted((job.folder / JOURNALS).glob("*.jsonl")):
+    for journal in sorted((job.folder / JOURNALS).glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
         facts, *lines = journal.read_text().splitlines() or [""]
         try:
             facts = json.loads(facts)

@@ -18,7 +18,7 @@ from .files import write_whole
 from .manifest import NAME, Preparation, read_manifest
 from .nifti import Image, image_of, read_image
 from .sources import Source
-from .volume import BadVolume, NotAnImage, Prepared, is_label_map, prepare, prepare_labels
+from .volume import LARGEST_VOLUME, BadVolume, NotAnImage, Prepared, is_label_map, prepare, prepare_labels
 
 RETRIES = (1.0, 10.0)  # seconds after which a disk that failed is asked again
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
@@ -34,6 +34,26 @@ class Job:
     root: Path | str  # of the sources: a folder, or the name of a streamed data set
     preparation: Preparation
     labels: Path | None = None  # folder of the maps of labels that go with the sources
+
+
+def read_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+    """Voxels and spacing in mm of a 3D volume, from its header; None if it is none."""
+    try:
+        header = nib.load(path).header
+        shape = header.get_data_shape()
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        return (shape, header.get_zooms()[:3]) if len(shape) == 3 and min(shape) > 1 else None
+    except Exception:  # nibabel, gzip and zlib each fail in their own way
+        return None
+
+
+def bytes_at_most(path: Path, how: Preparation) -> float:
+    """Of a prepared volume, by its header: most are cropped to a box first. 0 if it cannot be prepared."""
+    if (found := read_header(path)) is None:
+        return 0.0
+    voxels = np.prod([size * float(old) / new for size, old, new in zip(*found, how.spacing)])
+    return np.dtype(how.precision).itemsize * float(voxels) if voxels <= LARGEST_VOLUME else 0.0
 
 
 def prepare_one(source: Source, job: Job, content: bytes | None = None) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import psutil
 import torch
 
 from data.manifest import read_manifest
+from data.prepare_volume import bytes_at_most, read_header
 from data.stream import PREFETCHED
 from training.checkpoints import KEEP, complete_checkpoints
 from training.launch import Launch
@@ -84,7 +83,7 @@ def check_prepared(launch: Launch, recipe: Recipe) -> str:
 
 def check_data(paths: list[Path], recipe: Recipe) -> str:
     """Open the header of every file; voxels are first read when the run prepares them."""
-    bad = [path for path in paths if _shape(path) is None]
+    bad = [path for path in paths if read_header(path) is None]
     named = ", ".join(str(path) for path in bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
     if len(bad) > recipe.data.max_bad_share * len(paths):
         raise ValueError(
@@ -92,18 +91,6 @@ def check_data(paths: list[Path], recipe: Recipe) -> str:
             f"{recipe.data.max_bad_share:g}: mend or remove them, or raise data.max_bad_share ({named})"
         )
     return f"{len(paths)} headers read, {len(bad)} bad{f', left out: {named}' if bad else ''}"
-
-
-def _shape(path: Path) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
-    """Voxels and spacing in mm of a 3D volume, from its header; None if it is none."""
-    try:
-        header = nib.load(path).header
-        shape = header.get_data_shape()
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        return (shape, header.get_zooms()[:3]) if len(shape) == 3 and min(shape) > 1 else None
-    except Exception:  # nibabel, gzip and zlib each fail in their own way
-        return None
 
 
 def check_writable(folder: Path, argument: str) -> str:
@@ -145,7 +132,7 @@ def check_room(folder: RunFolder, checkpoint: int, more: float = 0) -> str:
 
 def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
     folder, prepared = launch.folder, launch.prepared
-    volumes = 0 if is_prepared(prepared) else sum(_prepared_bytes(path, recipe) for path in paths)
+    volumes = 0 if is_prepared(prepared) else sum(bytes_at_most(path, preparation(recipe.data)) for path in paths)
     if _existing(folder.path).stat().st_dev == _existing(prepared).stat().st_dev:
         return check_room(folder, checkpoint, volumes)
     free = shutil.disk_usage(_existing(prepared)).free
@@ -155,19 +142,6 @@ def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: in
             "volumes: free some or choose another folder"
         )
     return check_room(folder, checkpoint)
-
-
-def _prepared_bytes(path: Path, recipe: Recipe) -> float:
-    """At most: a volume is cropped to its non-zero box first. 0 if it cannot be prepared."""
-    found = _shape(path)
-    if found is None:
-        return 0.0
-    voxels = 1.0
-    for size, old in zip(*found):
-        voxels *= size * float(old)  # mm
-    for new in recipe.data.spacing:
-        voxels /= new
-    return np.dtype(preparation(recipe.data).precision).itemsize * voxels
 
 
 def check_shared_memory(recipe: Recipe, crops: int, ranks: int, place: Path = Path("/dev/shm")) -> str:

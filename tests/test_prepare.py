@@ -1,5 +1,6 @@
 """Preparing folders of volumes: the store, its manifest, and what befalls them."""
 
+import collections
 import errno
 import os
 import shutil
@@ -77,6 +78,7 @@ def test_a_disk_that_fails_is_asked_again_and_leaves_no_volume_out(tmp_path, vol
         return load(path)
 
     monkeypatch.setattr(nib, "load", fails)
+    monkeypatch.setattr("data.prepare_folder._check_room", lambda *_: None)  # which looks at headers
     if failures == 2:
         assert len(prepared(volumes, tmp_path)) == 3
     else:
@@ -96,6 +98,20 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path, volumes, 
             prepared(volumes, tmp_path / "ready")
     assert not [path for path in (tmp_path / "ready" / "volumes").rglob("*") if path.is_file()]
     assert len(prepared(volumes, tmp_path / "ready")) == 3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7, 1.1])
+def test_a_disk_too_small_is_said_before(tmp_path, volumes, monkeypatch, recwarn, share):
+    needed = 3 * 2 * 40 * 44 * 36
+    usage = collections.namedtuple("Usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(share * needed))
+    if share < 0.5:
+        with pytest.raises(ValueError, match="free some, choose another folder"):
+            prepared(volumes, tmp_path / "ready")
+        assert not files(tmp_path / "ready")
+    else:
+        assert len(prepared(volumes, tmp_path / "ready")) == 3
+        assert len([w for w in recwarn if "free some" in str(w.message)]) == (share < 1)
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "SAR", "LIP"])

@@ -247,8 +247,9 @@ def test_other_data_cannot_resume(run_of, volumes, tmp_path):
     common = ["--config", config("zero2"), "--output", output, "--resume", "auto", *TINY]
     done = launch(*common, "--data", tmp_path / "ready", ranks=2, check=False)
     assert "are not those that" in done.stderr
-    done = launch(*common, "--data", tmp_path / "data", ranks=2)
-    assert f"--data {tmp_path / 'data'} is not looked at" in done.stdout
+    for other in ("data", "gone"):
+        done = launch(*common, "--data", tmp_path / other, ranks=2)
+        assert f"--data {tmp_path / other} is not looked at" in done.stdout
     assert losses(output) == losses(run_of("zero2"))
 
 

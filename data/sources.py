@@ -147,6 +147,10 @@ def _walk(root: Path) -> tuple[list[str], LeftOut]:
             unseen.append((folder, "a link to a folder above it"))
             continue
         for entry in entries:
+            if not _is_utf8(entry.name):
+                shown = f"{folder}/{entry.name}".encode(errors="replace").decode()
+                unseen.append((shown, "a name that is not UTF-8"))
+                continue
             path, link = f"{folder}/{entry.name}" if folder else entry.name, entry.is_symlink()
             if os.path.isdir(entry.path) if link else entry.is_dir():
                 if entry.name != ".git":  # git-annex keeps there what the links elsewhere name
@@ -225,6 +229,11 @@ def _with_labels(sources: list[Source], labels: Path) -> list[Source]:
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) or fnmatchcase(_name(path), pattern) for pattern in patterns)
+
+
+def _is_utf8(name: str) -> bool:
+    """Not so of names that an old system wrote: no table holds them."""
+    return not re.search("[\udc80-\udcff]", name)
 
 
 def _is_nifti(path: str) -> bool:

@@ -112,9 +112,10 @@ def is_label_map(voxels: np.ndarray) -> bool:
     if len(values) > MOST_LABELS or not np.array_equal(values, np.round(values)):
         return False
     inside = slabs != values[counts.argmax()]  # the background of an image is the same everywhere, too
-    pairs = inside[..., 1:] & inside[..., :-1]
-    alike = (slabs[..., 1:] == slabs[..., :-1]) & pairs
-    return bool(alike.sum() > ALIKE * pairs.sum())
+    next_to = ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1]))  # an image may repeat its slices
+    pairs = [inside[one] & inside[other] for one, other in next_to]
+    alike = [(slabs[one] == slabs[other]) & pair for (one, other), pair in zip(next_to, pairs)]
+    return all(bool(same.sum() > ALIKE * pair.sum()) for same, pair in zip(alike, pairs))
 
 
 def _shape_at(shape: tuple[int, ...], old: np.ndarray, new: np.ndarray) -> tuple[int, ...]:

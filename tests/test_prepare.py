@@ -175,11 +175,22 @@ def test_a_mask_is_no_image(tmp_path, volumes):
     shutil.copytree(volumes, tmp_path / "data")
     regions = (blobs(2) // 400 * 17).astype(np.int16)
     save_nifti(tmp_path / "data" / "regions.nii.gz", regions)
+    coarse = blobs(3)[:, :, ::6] // 8  # few values, and slices that are repeated
+    save_nifti(tmp_path / "data" / "repeated.nii.gz", coarse.repeat(6, axis=2))
     ready = prepared(tmp_path / "data", tmp_path / "ready")
-    assert len(ready) == 3
+    assert len(ready) == 4
     (row,) = ready.manifest.rejected.to_pylist()
+    assert row["source"] == "regions.nii.gz"
     assert row["reason"].startswith("a map of labels or a mask")
     assert not row["is_bad"]
+
+
+def test_a_name_that_is_not_utf8_is_left_out_with_its_reason(tmp_path, volumes):
+    shutil.copytree(volumes, tmp_path / "data")
+    shutil.copy(tmp_path / "data" / "a.nii", os.fsencode(tmp_path / "data") + b"/caf\xe9.nii")
+    ready = prepared(tmp_path / "data", tmp_path / "ready")
+    assert len(ready) == 3
+    assert ready.manifest.rejected["reason"].to_pylist() == ["a name that is not UTF-8"]
 
 
 def test_shards_in_any_order_make_the_folder_of_one_preparation(tmp_path, volumes):

@@ -23,6 +23,7 @@ PREPARED/report/README.md has pictures of some, what was left out and what is th
 import argparse
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import joblib
@@ -52,6 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--modality",
         help="of all volumes, whatever their names and indexes say, such as CT: data.intensity_of_ct is theirs",
     )
+    add("--packed", action="store_true", help="a third smaller, and slower to read (blosc2): for slow or small disks")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
     add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
     add("--verify", action="store_true", help="prepare again what no longer has the checksum that it had")
@@ -69,6 +71,8 @@ def _shard(text: str) -> tuple[int, int]:
 def main(arguments: argparse.Namespace) -> None:
     if is_prepared(Path(arguments.source)):
         raise ValueError(f"{arguments.source} is prepared already: train on it with --data")
+    if arguments.packed and find_spec("blosc2") is None:
+        raise ValueError("--packed: pip install blosc2")
     numbers = load_data_section(arguments.recipe, arguments.overrides)
     workers = arguments.workers or min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
     if is_streamed(arguments.source):
@@ -78,14 +82,14 @@ def main(arguments: argparse.Namespace) -> None:
             )
         dataset = HubDataset(arguments.source)
         print(f"found       {len(dataset)} files of rows in {arguments.source}")
-        job = Job(arguments.output, dataset.name, preparation(numbers))
+        job = Job(arguments.output, dataset.name, preparation(numbers), arguments.packed)
         left = prepare_streamed(dataset, job, workers, arguments.shard)
     else:
         listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
         print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
         if arguments.modality:
             listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
-        job = Job(arguments.output, listing.root, preparation(numbers), arguments.labels)
+        job = Job(arguments.output, listing.root, preparation(numbers), arguments.packed, arguments.labels)
         left = prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
     if left:
         print(f"not yet     {left} are left to other shards; the last one to end completes {arguments.output}")

@@ -29,7 +29,7 @@ from scipy.ndimage import zoom
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.store import StoredVolume
+from data.stored_volume import PackedVolume, StoredVolume, save_volume
 
 CROPS = (160, 96)
 
@@ -43,6 +43,7 @@ def write_all(folder: Path, shape: tuple[int, int, int]) -> dict[str, tuple[Path
     half, stored = voxels.astype(np.float16), np.round(200 * voxels + 500).astype(np.int16)
     np.save(folder / "half.npy", half)
     np.save(folder / "single.npy", voxels)
+    save_volume(half, folder / "packed.b2nd", packed=True)
     image = nib.Nifti1Image(stored, np.eye(4))
     nib.save(image, folder / "volume.nii")
     with gzip.open(folder / "volume.nii.gz", "wb", compresslevel=6) as packed:
@@ -62,6 +63,7 @@ def write_all(folder: Path, shape: tuple[int, int, int]) -> dict[str, tuple[Path
     packed = {"nthreads": 1}
     return {
         "ours: .npy float16, read by rows": (folder / "half.npy", StoredVolume),
+        "ours, --packed: blosc2 float16, zstd-5": (folder / "packed.b2nd", PackedVolume),
         ".npy float16, memory map": (folder / "half.npy", lambda path: np.load(path, mmap_mode="c")),
         ".npy float32, memory map": (folder / "single.npy", lambda path: np.load(path, mmap_mode="c")),
         "blosc2 float16, lz4": (
@@ -79,7 +81,7 @@ def write_all(folder: Path, shape: tuple[int, int, int]) -> dict[str, tuple[Path
 
 def read(path: Path, way: Callable, start: np.ndarray, size: tuple[int, ...]) -> torch.Tensor:
     box = tuple(slice(int(s), int(s) + n) for s, n in zip(start, size))
-    box = (0, *box) if path.suffix == ".b2nd" else box
+    box = (0, *box) if path.name.startswith("b2nd") else box  # which have a channel
     part = torch.from_numpy(np.asarray(way(path)[box]))
     return part.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # as `read_block` does
 

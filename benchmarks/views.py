@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.intensity import change_intensity
 from data.resampling import cut_views
-from data.store import StoredVolume
+from data.stored_volume import StoredVolume
 from data.stream import MicroBatches, SampleStream, stack_views
 from train_cva import CVARecipe, build_stream, make_batch
 from training.recipe import load_recipe

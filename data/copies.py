@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from .columns import codes, matrix
 from .manifest import Manifest
-from .store import StoredVolume
+from .stored_volume import open_volume
 
 ALIKE = 0.02  # how far the statistics of two volumes may be apart for their voxels to be compared
 COMPARED = 200  # pairs at most whose voxels are compared
@@ -77,7 +77,7 @@ def _candidates(rows: pa.Table, content: np.ndarray, subjects: np.ndarray) -> np
 def _thinned(folder: Path, file: str, unreadable: dict[str, str]) -> np.ndarray | None:
     """Every `STEP`th voxel; the planes between are not read."""
     try:
-        volume = StoredVolume(folder / file)
+        volume = open_volume(folder / file)
         planes = [volume[x : x + 1, :, :][0, ::STEP, ::STEP] for x in range(0, volume.shape[0], STEP)]
         return np.stack(planes).astype(np.float32)
     except Exception as error:  # whatever a damaged file does

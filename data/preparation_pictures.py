@@ -13,7 +13,7 @@ from .columns import codes, matrix
 from .files import write_whole
 from .manifest import Manifest, Preparation
 from .prepare_volume import PERCENTILES
-from .store import StoredVolume
+from .stored_volume import open_volume
 
 SHOWN = 32  # volumes of the sheet
 TRIED = 64  # that are opened for it at most, where some cannot be read
@@ -32,7 +32,7 @@ def draw_volumes(manifest: Manifest, unreadable: dict[str, str], path: Path) -> 
     rows, drawn = manifest.volumes, []
     for row in rows.take(_spread(rows)).to_pylist():
         try:
-            voxels = StoredVolume(manifest.folder / row["file"])[:, :, :]
+            voxels = open_volume(manifest.folder / row["file"])[:, :, :]
             planes = [_plane(voxels, *ends, manifest.preparation) for ends in PLANES.values()]
             low, high = float(voxels.min()), float(voxels.max())
             if list(voxels.shape) != row["shape"] or not np.isfinite([low, high]).all():

@@ -18,6 +18,7 @@ from .files import write_whole
 from .manifest import NAME, Preparation, read_manifest
 from .nifti import Image, image_of, read_image
 from .sources import Source
+from .stored_volume import PACKED, save_volume
 from .volume import LARGEST_VOLUME, BadVolume, NotAnImage, Prepared, is_label_map, prepare, prepare_labels
 
 RETRIES = (1.0, 10.0)  # seconds after which a disk that failed is asked again
@@ -33,6 +34,7 @@ class Job:
     folder: Path
     root: Path | str  # of the sources: a folder, or the name of a streamed data set
     preparation: Preparation
+    packed: bool = False  # a third smaller, slower to read
     labels: Path | None = None  # folder of the maps of labels that go with the sources
 
 
@@ -87,7 +89,7 @@ def prepare_again(folder: Path, path: str) -> bool:
     if file.exists() and file.stat().st_size >= row["bytes"]:
         return False
     source = Source(path, modality=row["modality"] or "")  # which says, too, whether it was taken for a CT
-    again = prepare_one(source, Job(manifest.folder, Path(manifest.root), manifest.preparation))
+    again = prepare_one(source, Job(manifest.folder, Path(manifest.root), manifest.preparation, file.suffix == PACKED))
     return again["checksum"] == row["checksum"]
 
 
@@ -104,11 +106,11 @@ def _prepared(source: Source, job: Job, where: Path | nib.Nifti1Image, row: dict
     start = np.array([part.start for part in done.box])
     to_image = np.column_stack([done.to_box[:, :3], done.to_box[:, 3] + start])
     to_source = image.to_file[:, :3] @ to_image + np.column_stack([np.zeros((3, 3)), image.to_file[:, 3]])
-    name = _file_name(source.path, row, how)
+    name = _file_name(source.path, row, job)
     label = {}
     if source.label:
         label = dict(zip(("label", "label_checksum"), _prepare_label(source, job, image, done, name)))
-    checksum, size = _save(voxels, job.folder / "volumes" / name)
+    checksum, size = _save(voxels, job.folder / "volumes" / name, job.packed)
     foreground = done.voxels[::EVERY, ::EVERY, ::EVERY] > done.foreground_threshold
     places = EVERY * np.argwhere(foreground if foreground.any() else ~foreground)
     ends = {0.0: box.min(), 100.0: box.max()}
@@ -143,17 +145,16 @@ def _prepare_label(source: Source, job: Job, image: Image, done: Prepared, name:
         labels = prepare_labels(label.voxels, done.box, done.voxels.shape)
     except BadVolume as error:
         raise BadVolume(f"its label map {source.label}: {error}") from None
-    return f"labels/{name}", _save(labels, job.folder / "labels" / name)[0]
+    return f"labels/{name}", _save(labels, job.folder / "labels" / name, job.packed)[0]
 
 
-def _save(array: np.ndarray, file: Path) -> tuple[str, int]:
+def _save(array: np.ndarray, file: Path, packed: bool) -> tuple[str, int]:
     """Write an array whole or not at all; its checksum and size."""
     file.parent.mkdir(parents=True, exist_ok=True)
     found = []
 
     def fill(temporary: Path) -> None:
-        with open(temporary, "wb") as stream:
-            np.save(stream, array)
+        save_volume(array, temporary, packed)
         content = temporary.read_bytes()
         found.extend([hashlib.sha256(content).hexdigest(), len(content)])
 
@@ -186,8 +187,8 @@ def stamp(path: Path) -> tuple[int | None, int | None]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _file_name(path: str, row: dict[str, Any], how: Preparation) -> str:
+def _file_name(path: str, row: dict[str, Any], job: Job) -> str:
     """Changes when the source or the preparation does; in one of 256 folders, which no file system minds."""
-    facts = [path, *(row.get(key) for key in ("source_bytes", "source_modified", "modality")), asdict(how)]
+    facts = [path, *(row.get(key) for key in ("source_bytes", "source_modified", "modality")), asdict(job.preparation)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return f"{key[:2]}/{Path(path).name.split('.nii')[0][:60]}-{key}.npy"
+    return f"{key[:2]}/{Path(path).name.split('.nii')[0][:60]}-{key}{PACKED if job.packed else '.npy'}"

@@ -1,17 +1,19 @@
-"""The store of prepared volumes: plain `.npy` in half precision, of which a random crop reads the rows it needs."""
+"""The prepared volumes of a manifest, as runs read them: drawn, opened, read patiently."""
 
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .manifest import NAME, Manifest
 from .prepare_volume import RETRIES, prepare_again
+from .stored_volume import PACKED, PackedVolume, StoredVolume, open_volume
 from .volume import BadVolume
 
 Read = TypeVar("Read")
@@ -21,57 +23,15 @@ class UnreadableVolume(Exception):
     """A prepared volume that cannot be read now; the message names it and says why."""
 
 
-class StoredVolume:
-    """A `.npy` `[X, Y, Z]` on the disk; indexing it with three slices reads just the rows that these touch.
-
-    Not a memory map: there, a disk that fails or a file that was cut short ends the process.
-
-    Args:
-        padding: what is around it.
-
-    Raises:
-        OSError: if it cannot be read, is no `.npy`, or is shorter than it says.
-    """
-
-    def __init__(self, path: Path, padding: float = 0.0):
-        self.padding = padding
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115, it is read in `__getitem__`
-        try:
-            if np.lib.format.read_magic(self.file) != (1, 0):
-                raise ValueError("another version of the format")
-            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(self.file)
-            if self.dtype.hasobject:
-                raise ValueError("no numbers")  # its bytes would be taken for addresses
-        except ValueError as error:
-            raise OSError(f"no prepared volume ({error})") from None
-        self.start = self.file.tell()
-        expected = self.start + int(np.prod(self.shape)) * self.dtype.itemsize
-        if (found := os.fstat(self.file.fileno()).st_size) < expected:
-            raise OSError(f"{found} of {expected} bytes are there")
-
-    def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
-        (x, last_x, _), (y, last_y, _), (z, last_z, _) = (part.indices(n) for part, n in zip(box, self.shape))
-        rows = np.empty((last_x - x, last_y - y, self.shape[2]), self.dtype)
-        for plane, number in zip(rows, range(x, last_x)):
-            offset = self.start + (number * self.shape[1] + y) * self.shape[2] * self.dtype.itemsize
-            left = memoryview(plane).cast("B")
-            while left:
-                if not (found := os.preadv(self.file.fileno(), [left], offset)):
-                    raise OSError("it ends too early")
-                left, offset = left[found:], offset + found
-        return rows[:, :, z:last_z]
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            self.file.close()
-
-
 class PreparedVolumes(Sequence):
     """The volumes of a manifest, opened when they are asked for; light enough to be in every loader's process.
 
     Args:
         rows: numbers of `manifest.volumes`; None for all.
         draw: what is drawn with equal chances: one of the "volumes", "subjects" or "datasets", and then of its volumes.
+
+    Raises:
+        ValueError: if volumes are packed and blosc2 is not there to unpack them.
     """
 
     def __init__(self, manifest: Manifest, rows: Sequence[int] | None = None, draw: str = "volumes"):
@@ -79,6 +39,8 @@ class PreparedVolumes(Sequence):
         self.manifest = manifest
         self.files = table["file"].combine_chunks()
         self.sources = table["source"].combine_chunks()
+        if pc.any(pc.ends_with(self.files, PACKED)).as_py() and find_spec("blosc2") is None:
+            raise ValueError(f"{manifest.folder} holds packed volumes: pip install blosc2")
         names, of = manifest.subjects
         self.subjects = of if rows is None else of[rows]  # a number a volume
         self.several_subjects = len(names) > 1
@@ -102,10 +64,10 @@ class PreparedVolumes(Sequence):
     def path(self, number: int) -> Path:
         return self.manifest.folder / self.files[number].as_py()
 
-    def __getitem__(self, number: int) -> StoredVolume:
-        return StoredVolume(self.path(number), self.paddings[number].as_py())
+    def __getitem__(self, number: int) -> StoredVolume | PackedVolume:
+        return open_volume(self.path(number), self.paddings[number].as_py())
 
-    def read(self, number: int, use: Callable[[StoredVolume], Read]) -> Read:
+    def read(self, number: int, use: Callable[[StoredVolume | PackedVolume], Read]) -> Read:
         """What `use` returns of a volume. One that is gone or short is prepared again where its source is still there;
         a disk that fails is asked again, after a pause.
 

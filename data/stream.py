@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
-from .store import PreparedVolumes, StoredVolume, UnreadableVolume
+from .store import PreparedVolumes, UnreadableVolume
+from .stored_volume import PackedVolume, StoredVolume
 from .views import alignment_points, draw_turn, sample_views
 
 # generators of their own: chances of one do not move the rest
@@ -123,7 +124,7 @@ class SampleStream(Dataset):
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)
 
-    def _sample(self, index: int, volume: StoredVolume | np.ndarray) -> dict[str, torch.Tensor]:
+    def _sample(self, index: int, volume: StoredVolume | PackedVolume | np.ndarray) -> dict[str, torch.Tensor]:
         geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
         self._draw(geometry)  # which volume
         shared = draw_turn(turns, self.shared, self.spacing)

@@ -12,7 +12,7 @@ from data import copies, preparation_pictures
 from data.copies import find_copies
 from data.manifest import SCHEMA, Manifest, Preparation, read_manifest
 from data.preparation_report import write_preparation_report
-from data.store import StoredVolume
+from data.stored_volume import StoredVolume
 
 
 def scan(root, dataset, subject, volume, modality="T1w"):
@@ -67,8 +67,8 @@ def opened(monkeypatch):
         paths.append(path)
         return StoredVolume(path)
 
-    monkeypatch.setattr(copies, "StoredVolume", keep)
-    monkeypatch.setattr(preparation_pictures, "StoredVolume", keep)
+    monkeypatch.setattr(copies, "open_volume", keep)
+    monkeypatch.setattr(preparation_pictures, "open_volume", keep)
     return paths
 
 

@@ -159,7 +159,9 @@ def test_labels_are_prepared_on_the_grid_of_their_images(tmp_path):
     save_nifti(tmp_path / "task" / "labelsTr" / "one.nii.gz", labels, (1, 1, 2))
     save_nifti(tmp_path / "task" / "labelsTr" / "moved.nii.gz", labels, (1, 1, 3))
     listing = find_sources(tmp_path / "task", labels=tmp_path / "task" / "labelsTr")
-    prepare_folder(listing, Job(tmp_path / "ready", listing.root, RAS, tmp_path / "task" / "labelsTr"), workers=1)
+    prepare_folder(
+        listing, Job(tmp_path / "ready", listing.root, RAS, labels=tmp_path / "task" / "labelsTr"), workers=1
+    )
     found = rows(tmp_path / "ready")
     assert "placed otherwise than the image's" in found["imagesTr/moved.nii.gz"]["reason"]
     assert found["imagesTr/absent.nii.gz"]["label"] is None
@@ -254,26 +256,30 @@ def test_a_folder_of_other_volumes_is_not_touched(tmp_path, volumes):
     assert files(tmp_path / "ready") == before
 
 
-def test_blocks_are_read_as_numpy_reads_them(tmp_path, volumes):
-    ready = prepared(volumes, tmp_path)
-    whole, rng = np.load(ready.path(0)), np.random.default_rng(0)
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_are_read_as_numpy_reads_them(tmp_path, volumes, packed):
+    whole, rng = np.load(prepared(volumes, tmp_path / "plain").path(0)), np.random.default_rng(0)
     assert whole.dtype == np.float16
+    ready = prepared(volumes, tmp_path / "ready", packed=packed)
+    assert ready.path(0).suffix == (".b2nd" if packed else ".npy")
+    assert ready.path(0).stat().st_size < (0.9 if packed else 1.1) * whole.nbytes
     for _ in range(50):
         ends = [sorted(rng.integers(0, n + 1, 2)) for n in whole.shape]
         box = tuple(slice(int(low), int(high)) for low, high in ends)
         assert np.array_equal(ready[0][box], whole[box])
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("damage", ["missing", "short", "text", "empty"])
-def test_a_damaged_file_is_prepared_again_from_its_source(tmp_path, volumes, damage):
-    ready = prepared(volumes, tmp_path / "ready")
+def test_a_damaged_file_is_prepared_again_from_its_source(tmp_path, volumes, damage, packed):
+    ready = prepared(volumes, tmp_path / "ready", packed=packed)
     expected, path = ready[2][:, :, :], ready.path(2)
     content = {"missing": None, "short": path.read_bytes()[:999], "text": b"no numbers", "empty": b""}[damage]
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     assert np.array_equal(ready.read(2, lambda volume: volume[:, :, :]), expected)
-    assert np.array_equal(np.load(path), expected)
+    assert np.array_equal(ready[2][:, :, :], expected)
 
 
 def test_an_altered_file_is_found_by_its_checksum(tmp_path, volumes):

@@ -225,6 +225,23 @@ def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_m
     )
 
 
+def next_samples(loader: Iterator[dict]) -> dict:
+    """The next batch of an iterating loader.
+
+    Raises:
+        OSError: if one of its processes was killed.
+    """
+    try:
+        return next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a loader process ended ({str(error).splitlines()[0]}), perhaps for want of memory: lower run.workers or "
+            "give the job more, and go on from the last checkpoint with --resume auto"
+        ) from None
+
+
 def _leave_signals_to_the_trainer(_: int) -> None:
     """Schedulers signal every process of a run; the trainer still needs its loaders to end the step and save."""
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -25,6 +25,8 @@ from data.prepare_volume import Job
 from data.sources import find_sources
 from data.store import PreparedVolumes, UnreadableVolume
 from data.volume import prepare_array
+from training.preparation import list_data
+from training.recipe import load_data_section
 
 RAS = Preparation("RAS", (1.0, 1.0, 1.0))
 
@@ -203,6 +205,14 @@ def test_shards_in_any_order_make_the_folder_of_one_preparation(tmp_path, volume
     assert left == [2, 1, 0]
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert read_manifest(parts.folder).fingerprint() == read_manifest(whole.folder).fingerprint()
+
+
+def test_a_folder_that_is_not_complete_is_not_trained_on(tmp_path, volumes):
+    listing = find_sources(volumes)
+    prepare_folder(listing, Job(tmp_path, listing.root, RAS), workers=1, shard=(0, 2))
+    data = load_data_section(prepare_data.RECIPE, [])
+    with pytest.raises(ValueError, match="is not complete: run prepare_data"):
+        list_data(tmp_path, data)
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, volumes):

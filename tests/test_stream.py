@@ -1,12 +1,14 @@
 """The stream of samples."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 from conftest import prepared
 from scipy.ndimage import map_coordinates
 
-from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
+from data.stream import MicroBatches, SampleStream, make_loader, next_samples, render, stack_views
 
 TURN = {
     "mirror": 0.5,
@@ -127,6 +129,16 @@ def test_masks_hide_the_same_number_of_blocks_everywhere(stream):
     hidden = {int(m.sum()) for i in range(20) for m in stream[i]["mask"]}
     assert hidden == {int(0.75 * 4 * 2 * 3)}
     assert stream[0]["mask"].shape == (2, 4, 2, 3)
+
+
+def test_a_loader_process_that_dies_is_said_in_one_line(stream):
+    loader = iter(make_loader(stream, MicroBatches(0, 1000, 4, 1, 0, 1), 1, pin_memory=False))
+    next_samples(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(OSError, match=r"a loader process ended \(.*\), perhaps for want of memory") as caught:
+        list(iter(lambda: next_samples(loader), None))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("ranks", "workers", "accumulate"), [(1, 0, 1), (2, 0, 1), (2, 2, 1), (2, 0, 2)])

@@ -1,5 +1,6 @@
 """Volumes made ready before the first step; what cannot be used is named and counted."""
 
+import time
 from pathlib import Path
 
 import joblib
@@ -7,7 +8,7 @@ import numpy as np
 
 from data.demo import demo_volume
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
-from data.prepare_folder import prepare_folder
+from data.prepare_folder import JOURNALS, prepare_folder
 from data.prepare_volume import Job
 from data.sources import Listing, Source, find_sources
 
@@ -25,6 +26,15 @@ def is_prepared(folder: Path | None) -> bool:
     return folder is not None and (folder / NAME).exists()
 
 
+def open_manifest(folder: Path) -> Manifest:
+    """What a run needs of the manifest that the first rank has seen; network disks show it to others later."""
+    for _ in range(60):
+        if is_prepared(folder):
+            break
+        time.sleep(1)
+    return read_manifest(folder, FOR_RUNS)
+
+
 def list_data(data: Path | None, numbers: Data) -> Listing:
     """The volumes below a folder, or in an index; None for the demo's.
 
@@ -33,6 +43,8 @@ def list_data(data: Path | None, numbers: Data) -> Listing:
     """
     if data is None:
         return Listing(demo_volume().parent, [Source(demo_volume().name)], [])
+    if (data / JOURNALS).is_dir() and (data / "volumes").is_dir():
+        raise ValueError(f"--data {data} is not complete: run prepare_data.py again, all shards, until it is")
     try:
         return find_sources(data, numbers.include, numbers.exclude)
     except ValueError as error:

@@ -24,10 +24,9 @@ from accelerate import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from data.manifest import FOR_RUNS, read_manifest
 from data.split import split_by_subject
 from data.store import PreparedVolumes
-from data.stream import MicroBatches, SampleStream, make_loader, stack_views
+from data.stream import MicroBatches, SampleStream, make_loader, next_samples, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
 
@@ -40,7 +39,7 @@ from .heartbeat import start_heartbeat
 from .launch import Launch
 from .metrics import Metrics
 from .optimizer import build_optimizer
-from .preparation import prepare_data
+from .preparation import open_manifest, prepare_data
 from .recipe import Recipe, flatten
 from .runtime import (
     compile_blocks,
@@ -124,7 +123,7 @@ class Run:
             compile_blocks(model, launch.strategy)
 
         prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
-        manifest = read_manifest(from_main_rank(self.group, prepare), FOR_RUNS)
+        manifest = open_manifest(from_main_rank(self.group, prepare))
         split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
         self.volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
         self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
@@ -193,7 +192,7 @@ class Run:
         """This rank's samples of each micro-batch of a step, from the loader; counts the wait for them."""
         for _ in range(self.recipe.train.accumulate):
             asked = time.perf_counter()
-            samples = next(self.loader)
+            samples = next_samples(self.loader)
             self.waited = time.perf_counter() - asked
             self.metrics.add_unreadable(samples.pop("unreadable"))
             yield samples

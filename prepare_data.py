@@ -34,6 +34,7 @@ from data.manifest import read_manifest
 from data.preparation_report import write_preparation_report
 from data.prepare_folder import MEMORY, prepare_folder, prepare_streamed
 from data.prepare_volume import Job
+from data.series import split_series
 from data.sources import find_sources
 from training.command_line import run as run_script
 from training.preparation import is_prepared, preparation
@@ -53,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--modality",
         help="of all volumes, whatever their names and indexes say, such as CT: data.intensity_of_ct is theirs",
     )
+    add("--split-series", action="store_true", help="take the volumes of 4D files, which are left out otherwise")
     add("--packed", action="store_true", help="a third smaller, and slower to read (blosc2): for slow or small disks")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
     add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
@@ -76,9 +78,16 @@ def main(arguments: argparse.Namespace) -> None:
     numbers = load_data_section(arguments.recipe, arguments.overrides)
     workers = arguments.workers or min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
     if is_streamed(arguments.source):
-        if arguments.labels or arguments.verify or arguments.modality or numbers.include or numbers.exclude:
+        if (
+            arguments.labels
+            or arguments.verify
+            or arguments.modality
+            or arguments.split_series
+            or numbers.include
+            or numbers.exclude
+        ):
             raise ValueError(
-                "--labels, --verify, --modality, data.include and data.exclude are for files: not for a streamed one"
+                "--labels, --verify, --modality, --split-series, data.include and data.exclude are for files alone"
             )
         dataset = HubDataset(arguments.source)
         print(f"found       {len(dataset)} files of rows in {arguments.source}")
@@ -87,6 +96,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
         print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+        if arguments.split_series:
+            listing = split_series(listing)
         if arguments.modality:
             listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
         job = Job(arguments.output, listing.root, preparation(numbers), arguments.packed, arguments.labels)

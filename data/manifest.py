@@ -97,7 +97,8 @@ class Manifest:
         """Names (DATASET/SUBJECT, or a volume's own path where the subject is not known), and whose each volume is."""
         rows = self.volumes
         named = pc.binary_join_element_wise(rows["dataset"], rows["subject"], "/", null_handling="emit_null")
-        named = pc.coalesce(named, rows["subject"], rows["source"]).combine_chunks().dictionary_encode()
+        files = pc.replace_substring_regex(rows["source"], r"#\d+$", "")  # volumes of a series are of one subject
+        named = pc.coalesce(named, rows["subject"], files).combine_chunks().dictionary_encode()
         return named.dictionary.to_pylist(), named.indices.to_numpy()
 
     def fingerprint(self) -> str:

@@ -46,12 +46,15 @@ def read_volume(
     return prepare_array(image.voxels, image.spacing, spacing, intensity, intensity_of_ct, modality)
 
 
-def read_image(source: str | Path | nib.spatialimages.SpatialImage, orientation: str) -> Image:
+def read_image(
+    source: str | Path | nib.spatialimages.SpatialImage, orientation: str, number: int | None = None
+) -> Image:
     """Read the voxels of one volume.
 
     Args:
         source: path of a NIfTI file, or a nibabel image.
         orientation: the axes of the result, such as "RAS" (first axis towards the patient's right, ...).
+        number: of the volume in a 4D file, from 0.
 
     Raises:
         BadVolume: if the file is unreadable, not 3D, or not of plain numbers.
@@ -62,11 +65,15 @@ def read_image(source: str | Path | nib.spatialimages.SpatialImage, orientation:
     except Exception as error:  # nibabel, gzip and zlib each fail in their own way
         _raise_if_of_the_disk(error)
         raise BadVolume(f"not a readable NIfTI file ({_first_line(error)})") from error
+    if number is not None and image.ndim == 4 and number < image.shape[3]:
+        image = image.slicer[..., number]
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 2:
-        kind = {2: "a 2D image", 4: "a 4D series; split it into one file a volume"}.get(len(shape), "not a 3D volume")
+        kind = {2: "a 2D image", 4: "a 4D series; prepare_data.py --split-series takes its volumes"}.get(
+            len(shape), "not a 3D volume"
+        )
         raise BadVolume(f"shape {image.shape} is {kind if min(shape) > 1 else 'a 2D image'}")
     if (kind := image.get_data_dtype().kind) not in "biuf":
         kinds = {"c": "complex numbers; save their magnitude", "V": "colours; save one channel"}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .manifest import NAME, Preparation, read_manifest, write_manifest
 from .prepare_volume import Job, bytes_at_most, prepare_one, stamp
+from .series import file_of
 from .sources import Listing, Source
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
 def _check_room(todo: list[Source], job: Job) -> None:
     """Raise ValueError where there is room for less than half of what headers say, warn where not for all."""
     looked_at = todo[:: 1 + len(todo) // 100]
-    sizes = [bytes_at_most(job.root / source.path, job.preparation) for source in looked_at]
+    sizes = [bytes_at_most(job.root / file_of(source.path)[0], job.preparation) for source in looked_at]
     needed = len(todo) * sum(sizes) / max(1, len(sizes))
     free = shutil.disk_usage(job.folder).free
     if free < needed:
@@ -189,7 +190,7 @@ def _on_record(job: Job) -> _Record:
 
 
 def _is_done(row: dict[str, Any] | None, source: Source, job: Job, verify: bool) -> bool:
-    if row is None or (row["source_bytes"], row["source_modified"]) != stamp(job.root / source.path):
+    if row is None or (row["source_bytes"], row["source_modified"]) != stamp(job.root / file_of(source.path)[0]):
         return False
     if source.modality not in ("", row.get("modality")):  # which may call for another rule
         return False

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from .files import write_whole
 from .manifest import NAME, Preparation, read_manifest
 from .nifti import Image, image_of, read_image
+from .series import file_of
 from .sources import Source
 from .stored_volume import PACKED, save_volume
 from .volume import LARGEST_VOLUME, BadVolume, NotAnImage, Prepared, is_label_map, prepare, prepare_labels
@@ -65,10 +66,12 @@ def prepare_one(source: Source, job: Job, content: bytes | None = None) -> dict[
         content: of the NIfTI file, if it is not one below `job.root`.
     """
     row = {"source": source.path, **{key: getattr(source, key) or None for key in Source._fields[1:5]}}
-    known_by = (len(content), None) if content is not None else stamp(job.root / source.path)
+    file, number = file_of(source.path)
+    known_by = (len(content), None) if content is not None else stamp(job.root / file)
     row |= dict(zip(("source_bytes", "source_modified"), known_by))
     try:
-        return row | _prepared(source, job, job.root / source.path if content is None else image_of(content), row)
+        where = job.root / file if content is None else image_of(content)
+        return row | _prepared(source, job, partial(read_image, where, job.preparation.orientation, number), row)
     except BadVolume as error:
         return row | {"reason": str(error), "is_bad": not isinstance(error, NotAnImage)}
 
@@ -83,7 +86,7 @@ def prepare_again(folder: Path, path: str) -> bool:
         return False
     manifest = read_manifest(folder)
     (row,) = manifest.table.filter(pc.equal(manifest.table["source"], path)).to_pylist()
-    raw, file = Path(manifest.root) / path, manifest.folder / row["file"]
+    raw, file = Path(manifest.root) / file_of(path)[0], manifest.folder / row["file"]
     if not raw.is_file() or stamp(raw) != (row["source_bytes"], row["source_modified"]):
         return False
     if file.exists() and file.stat().st_size >= row["bytes"]:
@@ -93,10 +96,10 @@ def prepare_again(folder: Path, path: str) -> bool:
     return again["checksum"] == row["checksum"]
 
 
-def _prepared(source: Source, job: Job, where: Path | nib.Nifti1Image, row: dict[str, Any]) -> dict[str, Any]:
+def _prepared(source: Source, job: Job, read: Callable[[], Image], row: dict[str, Any]) -> dict[str, Any]:
     """The rest of a row, and in it the modality, if the values alone tell it."""
     how = job.preparation
-    image = _patiently(partial(read_image, where, how.orientation), source.path)
+    image = _patiently(read, source.path)
     if is_label_map(image.voxels):
         raise NotAnImage("a map of labels or a mask: few whole numbers, the same over whole regions")
     rules = how.intensity, how.intensity_of_ct, source.modality

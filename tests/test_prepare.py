@@ -175,6 +175,22 @@ def test_labels_are_prepared_on_the_grid_of_their_images(tmp_path):
     assert np.array_equal(prepared_labels, expected)
 
 
+def test_the_volumes_of_a_series_are_taken_on_request(tmp_path):
+    frames = [blobs(number) for number in range(3)]
+    save_nifti(tmp_path / "data" / "run.nii.gz", np.stack(frames, axis=-1))
+    save_nifti(tmp_path / "data" / "one.nii.gz", blobs(7)[..., None])
+    arguments = [tmp_path / "data", "--output", tmp_path / "ready", "--workers", "1"]
+    assert "prepared    4 volumes" in script(*arguments, "--split-series").stdout
+    ready = PreparedVolumes(read_manifest(tmp_path / "ready"))
+    assert ready.sources.to_pylist() == ["one.nii.gz", "run.nii.gz#0", "run.nii.gz#1", "run.nii.gz#2"]
+    for number, frame in enumerate(frames):
+        expected = prepare_array(frame, (1, 1, 1), (1, 1, 1)).astype(np.float16)
+        assert np.array_equal(ready[1 + number][:, :, :], expected)
+    assert ready.subjects.tolist() == [0, 1, 1, 1]
+    ready.path(2).unlink()
+    assert ready.read(2, lambda volume: volume[:, :, :]).size  # prepared again
+
+
 def test_a_mask_is_no_image(tmp_path, volumes):
     shutil.copytree(volumes, tmp_path / "data")
     regions = (blobs(2) // 400 * 17).astype(np.int16)

@@ -21,7 +21,6 @@ PREPARED/report/README.md has pictures of some, what was left out and what is th
 """
 
 import argparse
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +38,7 @@ from data.sources import find_sources
 from training.command_line import run as run_script
 from training.preparation import is_prepared, preparation
 from training.recipe import load_data_section
+from training.recipe_sections import Data
 
 RECIPE = Path(__file__).resolve().parent / "recipes" / "primus_m.yaml"
 
@@ -70,6 +70,30 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(shards)
 
 
+def prepare_streamed_source(arguments: argparse.Namespace, numbers: Data, workers: int) -> int:
+    """How many files of rows are left to others."""
+    asked = [f"--{key}" for key in ("labels", "verify", "modality", "split_series") if getattr(arguments, key)]
+    asked += [f"data.{key}" for key in ("include", "exclude") if getattr(numbers, key)]
+    if asked:
+        raise ValueError(f"{', '.join(asked).replace('_', '-')}: only for files, not for a streamed data set")
+    dataset = HubDataset(arguments.source)
+    print(f"found       {len(dataset)} files of rows in {arguments.source}")
+    job = Job(arguments.output, dataset.name, preparation(numbers), arguments.packed)
+    return prepare_streamed(dataset, job, workers, arguments.shard)
+
+
+def prepare_files(arguments: argparse.Namespace, numbers: Data, workers: int) -> int:
+    """How many volumes are left to others."""
+    listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
+    print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
+    if arguments.split_series:
+        listing = split_series(listing)
+    if arguments.modality:
+        listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
+    job = Job(arguments.output, listing.root, preparation(numbers), arguments.packed, arguments.labels)
+    return prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
+
+
 def main(arguments: argparse.Namespace) -> None:
     if is_prepared(Path(arguments.source)):
         raise ValueError(f"{arguments.source} is prepared already: train on it with --data")
@@ -77,32 +101,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--packed: pip install blosc2")
     numbers = load_data_section(arguments.recipe, arguments.overrides)
     workers = arguments.workers or min(joblib.cpu_count(), max(1, int(psutil.virtual_memory().available / MEMORY)))
-    if is_streamed(arguments.source):
-        if (
-            arguments.labels
-            or arguments.verify
-            or arguments.modality
-            or arguments.split_series
-            or numbers.include
-            or numbers.exclude
-        ):
-            raise ValueError(
-                "--labels, --verify, --modality, --split-series, data.include and data.exclude are for files alone"
-            )
-        dataset = HubDataset(arguments.source)
-        print(f"found       {len(dataset)} files of rows in {arguments.source}")
-        job = Job(arguments.output, dataset.name, preparation(numbers), arguments.packed)
-        left = prepare_streamed(dataset, job, workers, arguments.shard)
-    else:
-        listing = find_sources(Path(arguments.source), numbers.include, numbers.exclude, arguments.labels)
-        print(f"found       {len(listing.sources)} volumes, {len(listing.left_out)} files left out by name")
-        if arguments.split_series:
-            listing = split_series(listing)
-        if arguments.modality:
-            listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
-        job = Job(arguments.output, listing.root, preparation(numbers), arguments.packed, arguments.labels)
-        left = prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
-    if left:
+    prepare = prepare_streamed_source if is_streamed(arguments.source) else prepare_files
+    if left := prepare(arguments, numbers, workers):
         print(f"not yet     {left} are left to other shards; the last one to end completes {arguments.output}")
         return
     manifest = read_manifest(arguments.output)
@@ -115,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
     except Exception as error:  # no picture is worth a preparation
         print(f"report could not be drawn: {type(error).__name__}: {error}")
     if not len(volumes):
-        sys.exit("prepare_data.py: none of the files can be used")
+        raise ValueError(f"none of the {len(rejected)} files of {arguments.source} can be used")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,12 @@ import collections
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, blobs, prepared, save_nifti
+from conftest import blobs, prepared, save_nifti
 from test_nifti import bad_files
-from test_stream import make_stream
 
 import prepare_data
 from data import prepare_volume
@@ -23,7 +17,7 @@ from data.manifest import Preparation, read_manifest
 from data.prepare_folder import prepare_folder
 from data.prepare_volume import Job
 from data.sources import find_sources
-from data.store import PreparedVolumes, UnreadableVolume
+from data.store import PreparedVolumes
 from data.volume import prepare_array
 from training.preparation import list_data
 from training.recipe import load_data_section
@@ -44,11 +38,6 @@ def rows(folder):
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
-
-
-def script(*arguments, **options):
-    command = [sys.executable, ROOT / "prepare_data.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
 
 
 def test_good_and_bad_files_are_told_apart_and_none_is_prepared_twice(tmp_path, volumes):
@@ -175,22 +164,6 @@ def test_labels_are_prepared_on_the_grid_of_their_images(tmp_path):
     assert np.array_equal(prepared_labels, expected)
 
 
-def test_the_volumes_of_a_series_are_taken_on_request(tmp_path):
-    frames = [blobs(number) for number in range(3)]
-    save_nifti(tmp_path / "data" / "run.nii.gz", np.stack(frames, axis=-1))
-    save_nifti(tmp_path / "data" / "one.nii.gz", blobs(7)[..., None])
-    arguments = [tmp_path / "data", "--output", tmp_path / "ready", "--workers", "1"]
-    assert "prepared    4 volumes" in script(*arguments, "--split-series").stdout
-    ready = PreparedVolumes(read_manifest(tmp_path / "ready"))
-    assert ready.sources.to_pylist() == ["one.nii.gz", "run.nii.gz#0", "run.nii.gz#1", "run.nii.gz#2"]
-    for number, frame in enumerate(frames):
-        expected = prepare_array(frame, (1, 1, 1), (1, 1, 1)).astype(np.float16)
-        assert np.array_equal(ready[1 + number][:, :, :], expected)
-    assert ready.subjects.tolist() == [0, 1, 1, 1]
-    ready.path(2).unlink()
-    assert ready.read(2, lambda volume: volume[:, :, :]).size  # prepared again
-
-
 def test_a_mask_is_no_image(tmp_path, volumes):
     shutil.copytree(volumes, tmp_path / "data")
     regions = (blobs(2) // 400 * 17).astype(np.int16)
@@ -231,35 +204,6 @@ def test_a_folder_that_is_not_complete_is_not_trained_on(tmp_path, volumes):
         list_data(tmp_path, data)
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, volumes):
-    source = tmp_path / "data"
-    for number in range(12):
-        save_nifti(source / f"{number:02}.nii.gz", blobs(number))
-    for seconds in (1.5, 2.0, 2.5, 3.0):
-        command = [sys.executable, ROOT / "prepare_data.py", source, "--output", tmp_path / "ready", "--workers", "1"]
-        running = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(seconds)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-        for file in (tmp_path / "ready").rglob("[!.]*.npy"):
-            np.load(file)  # whole
-    before = files(tmp_path / "ready")
-    done = script(source, "--output", tmp_path / "ready", "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "prepared    12 volumes" in done.stdout
-    again = files(tmp_path / "ready")
-    assert sum(again[path] == at for path, at in before.items()) >= len(before) - 4  # one a kill may be done anew
-    whole = prepared(source, tmp_path / "whole").manifest.fingerprint()
-    assert read_manifest(tmp_path / "ready").fingerprint() == whole
-
-
-def test_two_preparations_of_one_folder_at_once_do_not_hurt_each_other(tmp_path, volumes):
-    command = [sys.executable, ROOT / "prepare_data.py", volumes, "--output", tmp_path / "ready", "--workers", "1"]
-    running = [subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in running] == [0, 0]
-    assert rows(tmp_path / "ready") == rows(prepared(volumes, tmp_path / "whole").manifest.folder)
-
-
 def test_a_prepared_folder_needs_no_raw_data_and_may_move(tmp_path, volumes):
     shutil.copytree(volumes, tmp_path / "data")
     ready = prepared(tmp_path / "data", tmp_path / "here")
@@ -280,135 +224,3 @@ def test_a_folder_of_other_volumes_is_not_touched(tmp_path, volumes):
     with pytest.raises(ValueError, match="holds volumes of another folder"):
         prepared(tmp_path / "other", tmp_path / "ready")
     assert files(tmp_path / "ready") == before
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_blocks_are_read_as_numpy_reads_them(tmp_path, volumes, packed):
-    whole, rng = np.load(prepared(volumes, tmp_path / "plain").path(0)), np.random.default_rng(0)
-    assert whole.dtype == np.float16
-    ready = prepared(volumes, tmp_path / "ready", packed=packed)
-    assert ready.path(0).suffix == (".b2nd" if packed else ".npy")
-    assert ready.path(0).stat().st_size < (0.9 if packed else 1.1) * whole.nbytes
-    for _ in range(50):
-        ends = [sorted(rng.integers(0, n + 1, 2)) for n in whole.shape]
-        box = tuple(slice(int(low), int(high)) for low, high in ends)
-        assert np.array_equal(ready[0][box], whole[box])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("damage", ["missing", "short", "text", "empty"])
-def test_a_damaged_file_is_prepared_again_from_its_source(tmp_path, volumes, damage, packed):
-    ready = prepared(volumes, tmp_path / "ready", packed=packed)
-    expected, path = ready[2][:, :, :], ready.path(2)
-    content = {"missing": None, "short": path.read_bytes()[:999], "text": b"no numbers", "empty": b""}[damage]
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    assert np.array_equal(ready.read(2, lambda volume: volume[:, :, :]), expected)
-    assert np.array_equal(ready[2][:, :, :], expected)
-
-
-def test_an_altered_file_is_found_by_its_checksum(tmp_path, volumes):
-    ready = prepared(volumes, tmp_path / "ready")
-    whole = bytearray(ready.path(1).read_bytes())
-    altered = bytes([*whole[:-5], whole[-5] ^ 64, *whole[-4:]])
-    ready.path(1).write_bytes(altered)
-    prepared(volumes, tmp_path / "ready")
-    assert ready.path(1).read_bytes() == altered  # not looked at
-    done = script(volumes, "--output", tmp_path / "ready", "--verify")
-    assert done.returncode == 0, done.stderr
-    assert ready.path(1).read_bytes() == bytes(whole)
-
-
-def test_a_sample_of_an_unreadable_volume_is_always_the_same_other_one(tmp_path, volumes):
-    shutil.copytree(volumes, tmp_path / "data")
-    ready = prepared(tmp_path / "data", tmp_path / "ready")
-    stream = make_stream(ready, 7)
-    before = [stream[index] for index in range(20)]
-    shutil.rmtree(tmp_path / "data")
-    ready.path(1).unlink()
-    with pytest.raises(UnreadableVolume, match="No such file"):
-        ready.read(1, lambda volume: volume)
-    after, again = ([stream[index] for index in range(20)] for _ in range(2))
-    replaced = [index for index, sample in enumerate(after) if sample["unreadable"]]
-    drawn = [int(np.random.default_rng((7, index, 0)).integers(3)) for index in range(20)]
-    assert replaced == [index for index, volume in enumerate(drawn) if volume == 1]
-    assert after[replaced[0]]["unreadable"][0].startswith(f"sample {replaced[0]}: {ready.path(1)} cannot be read")
-    for index in range(20):
-        assert torch.equal(after[index]["block"][0], again[index]["block"][0])
-        assert torch.equal(after[index]["mask"], before[index]["mask"])
-        if index not in replaced:
-            assert torch.equal(after[index]["block"][1], before[index]["block"][1])
-
-
-def test_a_hiccup_of_the_disk_changes_no_sample(tmp_path, volumes, monkeypatch):
-    ready = prepared(volumes, tmp_path)
-    stream = make_stream(ready, 7)
-    expected, read, left = stream[3], os.preadv, [1]
-
-    def fails(*arguments):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(*arguments)
-
-    monkeypatch.setattr(os, "preadv", fails)
-    found = stream[3]
-    assert not left[0]
-    assert all(torch.equal(a, b) for a, b in zip(found["block"], expected["block"]))
-    assert torch.equal(found["crop_to_volume"], expected["crop_to_volume"])
-    assert not found["unreadable"]
-
-
-def test_where_nothing_can_be_read_the_stream_ends_with_a_name(tmp_path, volumes):
-    shutil.copytree(volumes, tmp_path / "data")
-    stream = make_stream(prepared(tmp_path / "data", tmp_path / "ready"), 7)
-    shutil.rmtree(tmp_path / "data")
-    shutil.rmtree(tmp_path / "ready" / "volumes")
-    with pytest.raises(OSError, match=r"10 volumes one after the other cannot be read; sample 0: .*\.npy"):
-        stream[0]
-
-
-@pytest.mark.parametrize("damage", ["missing", "text", "cut"])
-def test_a_damaged_manifest_is_one_line(tmp_path, volumes, damage):
-    prepared(volumes, tmp_path)
-    path = tmp_path / "manifest.parquet"
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(b"no rows" if damage == "text" else content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"manifest\.parquet is (missing|damaged)") as caught:
-        read_manifest(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["missing", "--output", "x"], "missing: no such folder or file"),
-        ([".", "--output", "x", "--shard", "3/3"], "must be I/N with I from 0 to N - 1"),
-        ([".", "--output", "x", "train.steps=3"], "only numbers of the section data matter here"),
-        ([".", "--output", "x", "data.spacing=[1,1]"], "data.spacing"),
-        ([".", "--output", "x", "--recipe", "none.yaml"], "No such file"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, SystemExit)) as caught:
-        prepare_data.main(prepare_data.parse_arguments(arguments))
-    words = str(caught.value) if caught.type is ValueError else capsys.readouterr().err.splitlines()[-1]
-    assert said in words
-    assert "\n" not in words
-
-
-def test_an_error_of_the_script_is_no_traceback(tmp_path):
-    done = script(tmp_path / "missing", "--output", tmp_path / "ready")
-    assert (done.returncode, done.stderr) == (2, f"prepare_data.py: {tmp_path}/missing: no such folder or file\n")
-
-
-def test_a_table_says_what_there_is(tmp_path, volumes):
-    a, b = sorted(volumes.rglob("*.nii*"))[:2]
-    (tmp_path / "scans.csv").write_text(f"path,subject,modality\n{a},p1,MR\n{b},p2,MR\n")
-    done = script(tmp_path / "scans.csv", "--output", tmp_path / "ready", "--workers", "1")
-    assert "prepared    2 volumes" in done.stdout, done.stderr
-    assert [row["subject"] for row in rows(tmp_path / "ready").values()] in (["p1", "p2"], ["p2", "p1"])

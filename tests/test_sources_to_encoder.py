@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, blobs, config, launch, save_nifti
-from test_prepare import rows, script
+from test_prepare import rows
+from test_prepare_data import script
 
 from data.demo import demo_volume
 from data.manifest import read_manifest

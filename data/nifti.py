@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from .normalisation import BOX, BadVolume
-from .volume import prepare_array
+from .volume import prepare
 
 OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG}
 
@@ -33,7 +33,7 @@ def read_volume(
     intensity_of_ct: Mapping | None = None,
     modality: str = "",
 ) -> np.ndarray:
-    """Read one volume as the encoders see it: reoriented, then as `prepare_array` does.
+    """Read one volume as the encoders see it: reoriented, then as `prepare` does.
 
     Args, Raises: of `read_image`.
         spacing: voxel size of the result in mm, (X, Y, Z).
@@ -43,7 +43,7 @@ def read_volume(
         float32 `[X, Y, Z]`.
     """
     image = read_image(source, orientation)
-    return prepare_array(image.voxels, image.spacing, spacing, intensity, intensity_of_ct, modality)
+    return prepare(image.voxels, image.spacing, spacing, intensity, intensity_of_ct, modality).voxels
 
 
 def read_image(

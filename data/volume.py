@@ -31,18 +31,6 @@ class Prepared(NamedTuple):
     is_ct: bool
 
 
-def prepare_array(
-    volume: np.ndarray,
-    old_spacing: np.ndarray,
-    spacing: tuple[float, float, float],
-    intensity: Mapping = BOX,
-    intensity_of_ct: Mapping | None = None,
-    modality: str = "",
-) -> np.ndarray:
-    """`prepare` for the encoder alone: float32 `[X, Y, Z]`."""
-    return prepare(volume, old_spacing, spacing, intensity, intensity_of_ct, modality).voxels
-
-
 def prepare(
     volume: np.ndarray,
     old_spacing: np.ndarray,

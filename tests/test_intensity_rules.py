@@ -17,7 +17,7 @@ from data.manifest import Preparation, read_manifest
 from data.nifti import read_volume
 from data.normalisation import BadVolume, checked_rule, is_ct
 from data.stream import render, stack_views
-from data.volume import prepare, prepare_array
+from data.volume import prepare
 from models import PrimusConfig, PrimusModel
 from models.nnunet import adaptation_plan
 from train_cva import CVARecipe
@@ -112,7 +112,6 @@ def test_the_box_of_what_is_no_ct_is_z_scored_bit_by_bit(of_ct, modality):
     done = prepare(volume, MM, MM, BOX, of_ct, modality)
     assert np.array_equal(done.voxels, (inner - mean) / std)
     assert (done.padding, done.foreground_threshold, done.is_ct) == (0, 0, False)
-    assert np.array_equal(prepare_array(volume, MM, MM), done.voxels)
 
 
 def masked():
@@ -317,11 +316,11 @@ def test_the_processor_gives_what_was_trained_on(tmp_path, rule, scan):
 def test_the_processor_tells_cts_or_is_told():
     prepares = VolumeImageProcessor(crop_size=(16, 16, 16), intensity_of_ct=WINDOW)
     volume = blobs(1).astype(np.float32)
-    scored, windowed = (prepare_array(volume, MM, MM, rule) for rule in (BOX, WINDOW))
+    scored, windowed = (prepare(volume, MM, MM, rule).voxels for rule in (BOX, WINDOW))
     assert np.array_equal(prepares.prepare(volume, MM), scored)
     assert np.array_equal(prepares.prepare(volume, MM, modality="CT"), windowed)
-    assert np.array_equal(prepares.prepare(ct(), MM), prepare_array(ct(), MM, MM, WINDOW))
-    assert np.array_equal(prepares.prepare(ct(), MM, modality="MR"), prepare_array(ct(), MM, MM))
+    assert np.array_equal(prepares.prepare(ct(), MM), prepare(ct(), MM, MM, WINDOW).voxels)
+    assert np.array_equal(prepares.prepare(ct(), MM, modality="MR"), prepare(ct(), MM, MM).voxels)
     told, detected = (prepares(ct(), MM, modality=m)["pixel_values"] for m in ("cta", None))
     assert torch.equal(told, detected)
     assert not torch.equal(told, prepares(ct(), MM, modality="MR")["pixel_values"])

@@ -11,7 +11,7 @@ from scipy.ndimage import zoom
 
 from data.demo import demo_volume
 from data.nifti import read_volume
-from data.volume import BadVolume, prepare_array
+from data.volume import BadVolume, prepare
 
 
 def read(path):
@@ -104,7 +104,7 @@ def test_normalised_over_the_nonzero_box(tmp_path):
 @pytest.mark.parametrize("factors", [(1.3, 0.7, 1.0), (0.5, 2.9, 1.6), (1.0, 1.0, 1.0)])
 def test_resampling_is_that_of_scipy(shape, factors):
     volume, old = np.random.default_rng(0).normal(size=shape).astype(np.float32), np.array(factors)
-    found = prepare_array(volume, old, (1.0, 1.0, 1.0))
+    found = prepare(volume, old, (1.0, 1.0, 1.0)).voxels
     exact = np.maximum(np.round(np.array(shape) * old), 1) / shape
     coarse = old / old.min() > 3
     expected = (volume - volume.mean()) / volume.std()

@@ -18,7 +18,7 @@ from data.prepare_folder import prepare_folder
 from data.prepare_volume import Job
 from data.sources import find_sources
 from data.store import PreparedVolumes
-from data.volume import prepare_array
+from data.volume import prepare
 from training.preparation import list_data
 from training.recipe import load_data_section
 
@@ -134,7 +134,7 @@ def test_the_manifest_tells_of_voxels_what_they_are(tmp_path):
     assert (row["dataset"], row["subject"], row["session"], row["modality"]) == ("data", "07", "2", "T1w")
     assert row["source_mean"] == pytest.approx(volume.mean())
     assert row["source_percentiles"][::6] == [volume.min(), volume.max()]
-    voxels = prepare_array(volume, (1, 1, 1), (1, 1, 1))
+    voxels = prepare(volume, (1, 1, 1), (1, 1, 1)).voxels
     places = np.argwhere(voxels > 0)
     assert row["foreground_share"] == pytest.approx((voxels > 0).mean(), abs=0.02)
     np.testing.assert_allclose(row["foreground_mean"], places.mean(axis=0), atol=0.5)

@@ -14,7 +14,7 @@ from test_prepare import files, rows
 import prepare_data
 from data.manifest import read_manifest
 from data.store import PreparedVolumes
-from data.volume import prepare_array
+from data.volume import prepare
 
 
 def script(*arguments, **options):
@@ -31,7 +31,7 @@ def test_the_volumes_of_a_series_are_taken_on_request(tmp_path):
     ready = PreparedVolumes(read_manifest(tmp_path / "ready"))
     assert ready.sources.to_pylist() == ["one.nii.gz", "run.nii.gz#0", "run.nii.gz#1", "run.nii.gz#2"]
     for number, frame in enumerate(frames):
-        expected = prepare_array(frame, (1, 1, 1), (1, 1, 1)).astype(np.float16)
+        expected = prepare(frame, (1, 1, 1), (1, 1, 1)).voxels.astype(np.float16)
         assert np.array_equal(ready[1 + number][:, :, :], expected)
     assert ready.subjects.tolist() == [0, 1, 1, 1]
     ready.path(2).unlink()

@@ -9,9 +9,6 @@ import train_cva
 from training.estimate import noise_batch, step_cost
 from training.recipe import differences, flatten
 
-DEMO = ROOT / "recipes" / "demo.yaml"
-RESENC = ROOT / "recipes" / "resenc_l.yaml"
-
 
 def method_of(path):
     numbers = yaml.safe_load(path.read_text())

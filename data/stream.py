@@ -102,12 +102,11 @@ class SampleStream(Dataset):
         geometry, replacements = (np.random.default_rng(self._seed(index, p)) for p in ("geometry", "replacement"))
         unreadable, number = [], self._draw(geometry)
         while len(unreadable) < MOST_REPLACEMENTS:
+            use = partial(self.sample_of, index, group=self._group(index, number))
             try:
-                if isinstance(self.volumes, PreparedVolumes):
-                    sample = self.volumes.read(number, partial(self._sample, index))
-                else:
-                    sample = self._sample(index, self.volumes[number])
-                return sample | {"group": torch.full((2,), self._group(index, number)), "unreadable": unreadable}
+                prepared = isinstance(self.volumes, PreparedVolumes)
+                sample = self.volumes.read(number, use) if prepared else use(self.volumes[number])
+                return sample | {"unreadable": unreadable}
             except UnreadableVolume as error:
                 unreadable.append(f"sample {index}: {error}")
                 number = self._draw(replacements)
@@ -124,7 +123,8 @@ class SampleStream(Dataset):
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)
 
-    def _sample(self, index: int, volume: StoredVolume | PackedVolume | np.ndarray) -> dict[str, torch.Tensor]:
+    def sample_of(self, index: int, volume: StoredVolume | PackedVolume | np.ndarray, group: int) -> dict:
+        """Sample `index`, made of this volume, whose subject has the number `group`; see `__getitem__`."""
         geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
         self._draw(geometry)  # which volume
         shared = draw_turn(turns, self.shared, self.spacing)
@@ -146,6 +146,7 @@ class SampleStream(Dataset):
             "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity),
             "padding": torch.full((2,), padding, dtype=torch.float32),
             "pair": torch.full((2,), index),
+            "group": torch.full((2,), group),
         }
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:

@@ -155,7 +155,6 @@ def build_stream(volumes: Sequence, recipe: CVARecipe) -> SampleStream:
     return SampleStream(
         volumes,
         recipe.seed,
-        recipe.data.spacing,
         **recipe.views.model_dump(),
         intensity=recipe.intensity.chances(),
         mask_block=recipe.mask.block,
@@ -175,7 +174,7 @@ def write_results(run: Run, recipe: CVARecipe, step: int) -> None:
         outputs = run.look(batch)
         numbers.append({name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0})
         if "reconstruction" in recipe.loss.terms() and recipe.mask.ratio:
-            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"])
+            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
             numbers[-1] |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
         first = first or (batch, outputs)
     run.note_held_out(step, numbers)

@@ -35,7 +35,7 @@ def held_out_losses(run: Run, recipe: CVARecipe, samples: int) -> dict[str, floa
     for first in range(HELD_OUT, HELD_OUT + samples, PART):
         batch = make_batch(stack_views([run.stream[first + i] for i in range(PART)]), run.device, recipe)
         losses = {"reconstruction": run.model(**batch)["reconstruction"]}
-        losses |= reconstruction_baselines(batch["views"], batch["target"], batch["mask"])
+        losses |= reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
         parts.append(losses)
     run.model.train()
     return {name: float(torch.stack([part[name] for part in parts]).mean()) for name in parts[0]}

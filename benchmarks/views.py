@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.intensity import change_intensity
 from data.resampling import cut_views
-from data.stored_volume import StoredVolume
+from data.stored_volume import Volume, open_volume
 from data.stream import MicroBatches, SampleStream, stack_views
 from train_cva import CVARecipe, build_stream, make_batch
 from training.recipe import load_recipe
@@ -37,14 +37,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARTS = ("read and draw", "copy to the device", "cut_views", "change_intensity")
 
 
-def write_volumes(folder: Path, count: int, size: int) -> list[StoredVolume]:
+def write_volumes(folder: Path, count: int, size: int) -> list[Volume]:
     """Smooth noise with some grain, of mean 0 and standard deviation 1, as prepared volumes are kept."""
     files = [folder / f"{number}.npy" for number in range(count)]
     for file in files:
         coarse = torch.randn(1, 1, *[max(2, size // 8)] * 3)
         volume = F.interpolate(coarse, size=(size,) * 3, mode="trilinear")[0, 0] + 0.1 * torch.randn(size, size, size)
         np.save(file, ((volume - volume.mean()) / volume.std()).half().numpy())
-    return [StoredVolume(file) for file in files]
+    return [open_volume(file) for file in files]
 
 
 def numbers(recipe: CVARecipe, batches: int) -> Iterator[list[int]]:
@@ -87,7 +87,7 @@ def check(stream: SampleStream, indices: list[int], recipe: CVARecipe) -> None:
     assert torch.equal(change_intensity(views, batch["intensity"]), make_batch(batch, DEVICE, recipe)["views"])
 
 
-def print_run(recipe: CVARecipe, volumes: list[StoredVolume], arguments: argparse.Namespace) -> None:
+def print_run(recipe: CVARecipe, volumes: list[Volume], arguments: argparse.Namespace) -> None:
     stream, (first, *rest) = build_stream(volumes, recipe), numbers(recipe, arguments.batches)
     check(stream, first, recipe)
     rounds = [seconds_of_parts(stream, indices, recipe) for indices in rest]
@@ -121,9 +121,7 @@ def rows_of(recipe: CVARecipe) -> dict[str, list[str]]:
     return rows | {"everything": [*turned, *(f"{key}1" for key in changes)]}
 
 
-def print_parts(
-    recipe: CVARecipe, volumes: list[StoredVolume], arguments: argparse.Namespace, overrides: list[str]
-) -> None:
+def print_parts(recipe: CVARecipe, volumes: list[Volume], arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(f"\nSeconds a view, medians of {arguments.repeats} batches (and min-max)")
     print("|in every view|" + "|".join(PARTS) + "|all|\n|" + "-|" * (2 + len(PARTS)))
     for name, changed in rows_of(recipe).items():

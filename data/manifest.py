@@ -17,7 +17,8 @@ from .files import write_whole
 from .normalisation import BOX, checked_rule
 
 NAME = "manifest.parquet"
-FORMAT = 1  # of the rows and of what the numbers in them mean
+MEDIAN = "median"  # spacing of the data set's
+FORMAT = 2  # of the rows and of what the numbers in them mean
 
 SCHEMA = pa.schema(
     [
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("subject", pa.string()),
         ("session", pa.string()),
+        ("case", pa.string()),  # of data.channels: rows with the same are the channels of one sample; else null
         ("modality", pa.string()),  # "CT", too, where nothing was known and the values are those of a CT
         ("file", pa.string()),  # below the manifest's folder
         ("bytes", pa.int64()),
@@ -52,7 +54,10 @@ SCHEMA = pa.schema(
 )
 
 
-FOR_RUNS = ("source", "reason", "is_bad", "dataset", "subject", "file", "checksum", "shape", "padding")
+FOR_RUNS = (
+    *("source", "reason", "is_bad", "dataset", "subject", "case", "modality"),
+    *("file", "checksum", "shape", "spacing", "padding"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,16 @@ class Preparation:
     """How volumes were prepared; two folders of one preparation hold the same numbers."""
 
     orientation: str
-    spacing: tuple[float, float, float]  # mm
+    spacing: tuple[float, float, float] | str  # mm; MEDIAN, or NATIVE: as it is
     precision: str = "float16"
     intensity: dict = field(default_factory=lambda: dict(BOX))  # the rule, see normalisation.py
     intensity_of_ct: dict | None = None  # None: as all others
+    channels: tuple[str, ...] = ()  # modalities that make one sample together; none: each volume is one
 
-    def __post_init__(self):  # one way to write a rule, for the fingerprint
+    def __post_init__(self):  # one way to write each, for the fingerprint
+        spacing = self.spacing if isinstance(self.spacing, str) else tuple(map(float, self.spacing))
+        object.__setattr__(self, "spacing", spacing)
+        object.__setattr__(self, "channels", tuple(self.channels))
         for key in ("intensity", "intensity_of_ct"):
             if (rule := getattr(self, key)) is not None:
                 object.__setattr__(self, key, checked_rule(rule))
@@ -133,8 +142,7 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
         facts = json.loads(table.schema.metadata[b"preparation"])
         made_by, root, finished = (facts.pop(key) for key in ("format", "root", "finished"))
         if made_by == FORMAT:
-            preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
-            return Manifest(folder, table, preparation, root, finished)
+            return Manifest(folder, table, Preparation(**facts), root, finished)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ class Image(NamedTuple):
 def read_volume(
     source: str | Path | nib.spatialimages.SpatialImage,
     orientation: str,
-    spacing: tuple[float, float, float],
+    spacing: tuple[float, float, float] | str,
     intensity: Mapping = BOX,
     intensity_of_ct: Mapping | None = None,
     modality: str = "",
@@ -36,7 +36,7 @@ def read_volume(
     """Read one volume as the encoders see it: reoriented, then as `prepare` does.
 
     Args, Raises: of `read_image`.
-        spacing: voxel size of the result in mm, (X, Y, Z).
+        spacing: voxel size of the result in mm, (X, Y, Z), or `NATIVE`.
         intensity, intensity_of_ct, modality: see `prepare`.
 
     Returns:
@@ -92,6 +92,23 @@ def read_image(
     # not the header's zooms: the two can disagree
     spacing = nib.affines.voxel_sizes(image.affine @ to_file)
     return Image(voxels, spacing, to_file[:3], image.affine, shape)
+
+
+def read_spacing(path: Path, orientation: str) -> np.ndarray | None:
+    """mm of a voxel, `[3]`, along the axes of an orientation; None of what is no volume. Reads the header alone.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    try:
+        image = nib.load(path)
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(orientation)
+        )
+        return nib.affines.voxel_sizes(image.affine @ nib.orientations.inv_ornt_aff(turn, image.shape[:3]))
+    except Exception as error:  # nibabel, gzip and zlib each fail in their own way
+        _raise_if_of_the_disk(error)
+        return None
 
 
 def image_of(content: bytes) -> nib.Nifti1Image:

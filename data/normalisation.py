@@ -24,9 +24,12 @@ class BadVolume(ValueError):
     """A file that cannot be used for training; the message says why, in one line."""
 
 
+Box = tuple[slice, slice, slice]
+
+
 class Normalised(NamedTuple):
     voxels: np.ndarray  # float32, of the box
-    box: tuple[slice, slice, slice]
+    box: Box
     mean: float  # what was subtracted
     std: float  # what was divided by
     padding: float  # what is around the volume, on the new scale
@@ -64,7 +67,18 @@ def window_threshold(rule: Mapping) -> float:
     return rule["low"] + (rule["high"] - rule["low"]) / 4
 
 
-def normalise(volume: np.ndarray, rule: Mapping) -> Normalised:
+def box_of(volume: np.ndarray, rule: Mapping) -> Box:
+    """What `normalise` crops a volume to.
+
+    Raises:
+        BadVolume: if it has no foreground.
+    """
+    if rule["rule"] == "box":
+        return _box(volume != 0)
+    return _box(volume > window_threshold(rule) if rule["rule"] == "window" else _foreground(volume)[0])
+
+
+def normalise(volume: np.ndarray, rule: Mapping, box: Box | None = None) -> Normalised:
     """Crop a volume and bring it to the scale of a rule.
 
     `box` crops to the box of non-zero voxels and z-scores it, the others to the box of the foreground (`_foreground`).
@@ -72,21 +86,22 @@ def normalise(volume: np.ndarray, rule: Mapping) -> Normalised:
     Args:
         volume: float32 `[X, Y, Z]`, all finite.
         rule: of `checked_rule`.
+        box: to crop to, in place of that of the rule: contrasts of one patient have one.
 
     Raises:
         BadVolume: if it is constant, or has no foreground.
     """
     if rule["rule"] == "box":
-        box = _box(volume != 0)
+        box = box or _box(volume != 0)
         voxels = volume[box]
         mean, std = _moments(voxels, "all voxels are the same")
         return Normalised(_scaled(voxels, mean, std), box, mean, std, 0.0, 0.0)
     if volume.min() == volume.max():
         raise BadVolume("all voxels are the same")
     if rule["rule"] == "window":
-        return _in_window(volume, rule)
+        return _in_window(volume, rule, box)
     foreground, background, threshold = _foreground(volume)
-    voxels, box, same = volume[foreground], _box(foreground), "all voxels of the foreground are the same"
+    voxels, box, same = volume[foreground], box or _box(foreground), "all voxels of the foreground are the same"
     volume = volume[box]
     if rule["rule"] == "percentile":
         _moments(voxels, same)
@@ -99,14 +114,14 @@ def normalise(volume: np.ndarray, rule: Mapping) -> Normalised:
     return Normalised(_scaled(volume, mean, std), box, mean, std, (background - mean) / std, (threshold - mean) / std)
 
 
-def _in_window(volume: np.ndarray, rule: Mapping) -> Normalised:
+def _in_window(volume: np.ndarray, rule: Mapping, box: Box | None) -> Normalised:
     low, high, mean, std = (rule[key] for key in ("low", "high", "mean", "std"))
     threshold = window_threshold(rule)
     ask = "are data.intensity and data.intensity_of_ct right?"
     foreground = volume > threshold
     if not foreground.any():
         raise BadVolume(f"no voxel is above {threshold:g}: {ask}")
-    box = _box(foreground)
+    box = box or _box(foreground)
     voxels = np.clip(volume[box], low, high)
     if voxels.min() == voxels.max():
         raise BadVolume(f"all voxels are the same between {low:g} and {high:g}: {ask}")
@@ -156,7 +171,7 @@ def _scaled(volume: np.ndarray, mean: float, std: float) -> np.ndarray:
     return (volume - np.float32(mean)) / np.float32(std)
 
 
-def _box(mask: np.ndarray) -> tuple[slice, slice, slice]:
+def _box(mask: np.ndarray) -> Box:
     """Of the voxels that are True; all of it where none is."""
     box = []
     for axis in range(3):

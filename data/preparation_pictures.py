@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 
 from .columns import codes, matrix
 from .files import write_whole
-from .manifest import Manifest, Preparation
+from .manifest import Manifest
 from .prepare_volume import PERCENTILES
 from .stored_volume import open_volume
 
@@ -33,7 +33,8 @@ def draw_volumes(manifest: Manifest, unreadable: dict[str, str], path: Path) -> 
     for row in rows.take(_spread(rows)).to_pylist():
         try:
             voxels = open_volume(manifest.folder / row["file"])[:, :, :]
-            planes = [_plane(voxels, *ends, manifest.preparation) for ends in PLANES.values()]
+            how = manifest.preparation.orientation, row["spacing"]
+            planes = [_plane(voxels, *ends, *how) for ends in PLANES.values()]
             low, high = float(voxels.min()), float(voxels.max())
             if list(voxels.shape) != row["shape"] or not np.isfinite([low, high]).all():
                 raise OSError("its voxels are not those that were prepared")
@@ -41,7 +42,7 @@ def draw_volumes(manifest: Manifest, unreadable: dict[str, str], path: Path) -> 
         except Exception as error:  # whatever a damaged file does
             unreadable[row["file"]] = str(error)
             continue
-        size = " x ".join(f"{n * mm:.0f}" for n, mm in zip(voxels.shape, manifest.preparation.spacing))
+        size = " x ".join(f"{n * mm:.0f}" for n, mm in zip(voxels.shape, row["spacing"]))
         about = ", ".join(filter(None, (row["dataset"], row["modality"], f"{size} mm")))
         source = row["source_percentiles"]
         numbers = f"source {source[0]:.4g} .. {source[-1]:.4g}, prepared {low:.3g} .. {high:.3g}"
@@ -85,9 +86,10 @@ def _spread(rows: pa.Table) -> np.ndarray:
     return mixed[np.lexsort((group[mixed], -sizes[group[mixed]], turn))[:TRIED]]
 
 
-def _plane(voxels: np.ndarray, right: str, up: str, preparation: Preparation) -> tuple[np.ndarray, tuple[float, float]]:
+def _plane(
+    voxels: np.ndarray, right: str, up: str, orientation: str, spacing: list[float]
+) -> tuple[np.ndarray, tuple[float, float]]:
     """The middle slice `[up, right]` whose edges lie towards the given ends of the patient, and its mm."""
-    orientation, spacing = preparation.orientation, preparation.spacing
     across, along = (next(a for a in range(3) if orientation[a] in (end, OPPOSITE[end])) for end in (right, up))
     cut = 3 - across - along
     plane = np.take(voxels, voxels.shape[cut] // 2, axis=cut).astype(np.float32)

@@ -13,6 +13,7 @@ from .copies import Copies, find_copies
 from .files import write_whole
 from .manifest import Manifest
 from .preparation_pictures import SHOWN, draw_numbers, draw_volumes
+from .volume import NATIVE
 
 FOLDER = "report"
 SMALL = 96  # voxels of an axis: less than the crop of the recipes
@@ -42,7 +43,8 @@ def _page(manifest: Manifest, rows: pa.Table, copies: Copies, unreadable: dict[s
     subjects = manifest.subjects[1]
     session = codes(pc.fill_null(rows["session"], ""))
     small = int((matrix(rows["shape"], 3) < SMALL).any(axis=1).sum())
-    mm = " x ".join(f"{size:g}" for size in how.spacing)
+    spacing = rows["spacing"][0].as_py() if len(rows) and how.spacing != NATIVE else []
+    mm = " x ".join(f"{size:g}" for size in spacing) or "their own"
     facts = {
         "volumes": len(rows),
         "subjects": len(np.unique(subjects)),

@@ -6,7 +6,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,11 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
-from .manifest import NAME, Preparation, read_manifest, write_manifest
-from .prepare_volume import Job, bytes_at_most, prepare_one, stamp
+from .channels import group_channels
+from .files import write_whole
+from .manifest import MEDIAN, NAME, Preparation, read_manifest, write_manifest
+from .median_spacing import median_spacing
+from .prepare_volume import Job, bytes_at_most, case_of, prepare_case, stamp
 from .series import file_of
 from .sources import Listing, Source
 
@@ -47,23 +50,25 @@ def prepare_folder(
         OSError: if the folder cannot be written, or a file not be read for reasons of the disk; what is in the folder
             stays valid.
     """
+    cases, left_out = group_channels(listing.sources, job.preparation.channels)
+    listed = {source.path for case in cases for source in case}
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / ".lock"):
         known = _on_record(job).rows
-    listed = {source.path for source in listing.sources}
+        job = _with_median(job, listing, known)
     if known and not listed & known.keys():
         raise ValueError(f"{job.folder} holds volumes of another folder than {job.root}: choose another")
     number, shards = shard
-    todo = [s for s in listing.sources[number::shards] if not _is_done(known.get(s.path), s, job, verify)]
-    _check_room(todo, job)
+    todo = [case for case in cases[number::shards] if not _is_done(case, known, job, verify)]
+    _check_room([source for case in todo for source in case], job)
     with _Journal(job) as journal:
-        for row in _in_parallel(((source, None) for source in todo), job, min(workers, len(todo)), len(todo)):
-            journal.write(row)
+        for rows in _in_parallel(((case, None) for case in todo), job, min(workers, len(todo)), len(todo)):
+            journal.write(*rows)
     with FileLock(job.folder / ".lock"):  # who comes last sees the rows of all
         known = _on_record(job).rows
         if left := len(listed - known.keys()):
             return left
-        _complete(job, [known[path] for path in listed] + [_rejected(*file) for file in listing.left_out])
+        _complete(job, [known[path] for path in listed] + [_rejected(*file) for file in (*listing.left_out, *left_out)])
     return 0
 
 
@@ -73,14 +78,20 @@ def prepare_streamed(dataset: "HubDataset", job: Job, workers: int, shard: tuple
     Returns:
         How many files of rows others still have to prepare.
     """
+    if job.preparation.spacing == MEDIAN:
+        raise ValueError(
+            "data.spacing=median: headers of a streamed data set cannot be read first; set numbers, or native"
+        )
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / ".lock"):
         record, (first, shards) = _on_record(job), shard
     with _Journal(job) as journal:
         for number in set(range(first, len(dataset), shards)) - record.finished:
-            new = ((source, content) for source, content in dataset.read(number) if source.path not in record.rows)
-            for row in _in_parallel(new, job, workers):
-                journal.write(row)
+            new = (
+                ((source,), (content,)) for source, content in dataset.read(number) if source.path not in record.rows
+            )
+            for rows in _in_parallel(new, job, workers):
+                journal.write(*rows)
             journal.write({"finished": number})
     with FileLock(job.folder / ".lock"):
         record = _on_record(job)
@@ -97,10 +108,27 @@ def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
         journal.unlink()
 
 
+def _with_median(job: Job, listing: Listing, known: dict[str, dict[str, Any]]) -> Job:
+    """The job with the spacing to resample to, if it is the data set's: what it was when the folder was begun."""
+    if job.preparation.spacing != MEDIAN:
+        return job
+    place = job.folder / JOURNALS / "median.json"
+    found = next((row["spacing"] for row in known.values() if row.get("spacing")), None)
+    if found is None and place.exists():
+        found = json.loads(place.read_text())
+    if found is None:
+        paths = [job.root / file_of(source.path)[0] for source in listing.sources]
+        found = median_spacing(paths, job.preparation.orientation)
+        place.parent.mkdir(exist_ok=True)
+        write_whole(place, lambda file: file.write_text(json.dumps(found)))
+    return replace(job, median=tuple(found))
+
+
 def _check_room(todo: list[Source], job: Job) -> None:
     """Raise ValueError where there is room for less than half of what headers say, warn where not for all."""
     looked_at = todo[:: 1 + len(todo) // 100]
-    sizes = [bytes_at_most(job.root / file_of(source.path)[0], job.preparation) for source in looked_at]
+    how = job.spacing, job.preparation.precision
+    sizes = [bytes_at_most(job.root / file_of(source.path)[0], *how) for source in looked_at]
     needed = len(todo) * sum(sizes) / max(1, len(sizes))
     free = shutil.disk_usage(job.folder).free
     if free < needed:
@@ -114,16 +142,20 @@ def _check_room(todo: list[Source], job: Job) -> None:
 
 
 def _in_parallel(
-    todo: Iterable[tuple[Source, bytes | None]], job: Job, workers: int, total: int | None = None
-) -> Iterator[dict[str, Any]]:
+    todo: Iterable[tuple[tuple[Source, ...], tuple[bytes, ...] | None]],
+    job: Job,
+    workers: int,
+    total: int | None = None,
+) -> Iterator[list[dict[str, Any]]]:
     if total == 0:
         return
-    shown = partial(tqdm, total=total, desc="preparing volumes", unit="file", disable=total is not None and total < 8)
+    unit = "sample" if job.preparation.channels else "file"
+    shown = partial(tqdm, total=total, desc="preparing volumes", unit=unit, disable=total is not None and total < 8)
     if workers == 1:
-        yield from shown(prepare_one(source, job, content) for source, content in todo)
+        yield from shown(prepare_case(sources, job, contents) for sources, contents in todo)
         return
     with Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None) as parallel:
-        yield from shown(parallel(delayed(prepare_one)(source, job, content) for source, content in todo))
+        yield from shown(parallel(delayed(prepare_case)(sources, job, contents) for sources, contents in todo))
     get_reusable_executor(reuse=True).terminate()  # its processes would outlive a killed run by minutes
 
 
@@ -138,12 +170,13 @@ class _Journal:
         self.file = None
         return self
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, *rows: dict[str, Any]) -> None:
         if self.file is None:
             self.path.parent.mkdir(exist_ok=True)
             self.file = open(self.path, "w")  # noqa: SIM115, closed in __exit__
             self.file.write(json.dumps(self.facts) + "\n")
-        self.file.write(json.dumps(row, default=lambda value: value.tolist()) + "\n")
+        for row in rows:
+            self.file.write(json.dumps(row, default=lambda value: value.tolist()) + "\n")
         self.file.flush()
 
     def __exit__(self, *_):
@@ -172,7 +205,7 @@ def _on_record(job: Job) -> _Record:
         facts, *lines = journal.read_text().splitlines() or [""]
         try:
             facts = json.loads(facts)
-            found.append(Preparation(**{**facts, "spacing": tuple(facts["spacing"])}))
+            found.append(Preparation(**facts))
             for line in lines:
                 row = json.loads(line)
                 if "finished" in row:
@@ -189,7 +222,14 @@ def _on_record(job: Job) -> _Record:
     return _Record(rows, finished)
 
 
-def _is_done(row: dict[str, Any] | None, source: Source, job: Job, verify: bool) -> bool:
+def _is_done(case: tuple[Source, ...], known: dict[str, dict[str, Any]], job: Job, verify: bool) -> bool:
+    rows = [known.get(source.path) for source in case]
+    if not all(_is_in_store(row, source, job, verify) for row, source in zip(rows, case)):
+        return False
+    return not job.preparation.channels or all(row["case"] == case_of(rows) for row in rows)
+
+
+def _is_in_store(row: dict[str, Any] | None, source: Source, job: Job, verify: bool) -> bool:
     if row is None or (row["source_bytes"], row["source_modified"]) != stamp(job.root / file_of(source.path)[0]):
         return False
     if source.modality not in ("", row.get("modality")):  # which may call for another rule

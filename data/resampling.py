@@ -11,22 +11,28 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import spline_filter
 
+from .stored_volume import Volume
+
 SPLINE_REACH = 12  # voxels after which a cubic spline has forgotten its neighbours, to 1e-6
 SPLINE_EDGE = 2  # coefficients beyond the border that voxels within it need
 
 
 def read_block(
-    volume: np.ndarray, affine: np.ndarray, crop_size: tuple[int, ...], interpolation: str, padding: float = 0.0
+    volume: Volume | np.ndarray,
+    affine: np.ndarray,
+    crop_size: tuple[int, ...],
+    interpolation: str,
+    padding: float | np.ndarray = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The part of a volume that a view reads.
 
     Args:
         affine: its `crop_to_volume`, `[3, 4]`.
         interpolation: "linear", or "cubic" for splines, whose coefficients the block then holds.
-        padding: what is around the volume; the block is counted from it, and has 0 there.
+        padding: what is around the volume, of each channel; the block is counted from it, and has 0 there.
 
     Returns:
-        The block `[x, y, z]` float32, clipped to the volume, and the affine from crop voxel to block voxel.
+        The block `[C, x, y, z]` float32, clipped to the volume, and the affine from crop voxel to block voxel.
     """
     half = (np.asarray(crop_size) - 1) / 2
     middle = affine[:, :3] @ half + affine[:, 3]
@@ -36,13 +42,14 @@ def read_block(
     low = np.clip(np.floor(middle - reach), 0, last).astype(int)
     high = np.clip(np.ceil(middle + reach), 0, last).astype(int)
     part = volume[tuple(slice(a, b + 1) for a, b in zip(low, high))]
+    part = part.reshape(-1, *part.shape[-3:])
     # torch unpacks half precision 5 times faster than numpy
     block = torch.from_numpy(part).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if padding:
-        block -= padding
+    if np.any(padding):
+        block -= torch.from_numpy(np.float32(padding).reshape(-1, 1, 1, 1))
     if spline:
-        filtered = spline_filter(block.numpy(), order=3, output=np.float32, mode="reflect")
-        block = torch.from_numpy(np.pad(filtered, SPLINE_EDGE, mode="symmetric"))
+        filtered = np.stack([spline_filter(c, order=3, output=np.float32, mode="reflect") for c in block.numpy()])
+        block = torch.from_numpy(np.pad(filtered, [(0, 0), *[(SPLINE_EDGE,) * 2] * 3], mode="symmetric"))
         low -= SPLINE_EDGE
     moved = affine.copy()
     moved[:, 3] -= low
@@ -50,22 +57,24 @@ def read_block(
 
 
 def is_a_copy(affine: np.ndarray) -> bool:
-    """Whether a view is at most shifted by whole voxels and mirrored, so that nothing is interpolated."""
-    return np.array_equal(np.abs(affine[:, :3]), np.eye(3)) and np.array_equal(affine[:, 3], np.round(affine[:, 3]))
+    """Whether a view is at most shifted by whole voxels, mirrored and its axes swapped: nothing is interpolated."""
+    matrix = np.abs(affine[:, :3])
+    moves = ((matrix == 0) | (matrix == 1)).all() and (matrix.sum(0) == 1).all() and (matrix.sum(1) == 1).all()
+    return bool(moves) and np.array_equal(affine[:, 3], np.round(affine[:, 3]))
 
 
 def cut_views(
     blocks: list[torch.Tensor], affines: torch.Tensor, crop_size: tuple[int, ...], interpolation: str
 ) -> torch.Tensor:
-    """Views `[N, 1, X, Y, Z]` from their blocks; outside the volume they are 0.
+    """Views `[N, C, X, Y, Z]` from their blocks; outside the volume they are 0.
 
     Blocks differ in size, so each view is one launch; at millions of voxels each, that fills any device.
 
     Args:
         blocks, affines: of `read_block`: `N` tensors on one device, and `[N, 3, 4]` on the CPU.
     """
-    views = blocks[0].new_zeros(len(blocks), 1, *crop_size)
-    for view, block, affine in zip(views[:, 0], blocks, affines.numpy()):
+    views = blocks[0].new_zeros(len(blocks), len(blocks[0]), *crop_size)
+    for view, block, affine in zip(views, blocks, affines.numpy()):
         if is_a_copy(affine):
             _paste(view, block, affine)
         elif interpolation == "cubic":
@@ -76,20 +85,22 @@ def cut_views(
 
 
 def _paste(view: torch.Tensor, block: torch.Tensor, affine: np.ndarray) -> None:
-    """Crop voxel `i` is block voxel `origin + i`, or `origin - i` where the axis is mirrored."""
-    place, mirrored = [], []
-    for axis, size in enumerate(block.shape):
-        origin = int(affine[axis, 3])
-        if affine[axis, axis] < 0:
-            mirrored.append(axis)
-        first = origin - size + 1 if affine[axis, axis] < 0 else -origin
+    """Along each axis crop voxel `i` is block voxel `origin + i`, or `origin - i` where it is mirrored."""
+    order = np.abs(affine[:, :3]).argmax(axis=0).tolist()  # axis of the block along each axis of the crop
+    block = block.permute(0, *(1 + axis for axis in order))
+    place, mirrored = [slice(None)], []
+    for axis, of_block in enumerate(order):
+        origin, size, sign = int(affine[of_block, 3]), block.shape[1 + axis], affine[of_block, axis]
+        if sign < 0:
+            mirrored.append(1 + axis)
+        first = origin - size + 1 if sign < 0 else -origin
         place.append(slice(first, first + size))
     view[tuple(place)] = block.flip(mirrored)
 
 
 def _interpolate_linear(view: torch.Tensor, block: torch.Tensor, affine: np.ndarray) -> None:
-    unit = 2 / np.array(block.shape)  # grid_sample spans any block by [-1, 1]: voxel 0 is half a voxel above -1
-    grid = torch.empty(view.shape[0], 1, *view.shape[1:], 3, device=view.device)
+    unit = 2 / np.array(block.shape[1:])  # grid_sample spans any block by [-1, 1]: voxel 0 is half a voxel above -1
+    grid = _empty_grid(view)
     for axis, row in enumerate(affine):
         _fill(grid[:, 0, :, :, 2 - axis], row * unit[axis], unit[axis] / 2 - 1)  # which wants Z first
     view.copy_(_lookup(block, grid))
@@ -97,9 +108,9 @@ def _interpolate_linear(view: torch.Tensor, block: torch.Tensor, affine: np.ndar
 
 def _interpolate_spline(view: torch.Tensor, coefficients: torch.Tensor, affine: np.ndarray) -> None:
     """Cubic B-spline by 8 trilinear lookups (Sigg & Hadwiger 2005, GPU Gems 2, ch. 20)."""
-    ends, inside = [], torch.ones_like(view)
-    for row, size in zip(affine, coefficients.shape):
-        position = _fill(torch.empty_like(view), row)
+    ends, inside = [], torch.ones_like(view[0])
+    for row, size in zip(affine, coefficients.shape[1:]):
+        position = _fill(torch.empty_like(view[0]), row)
         border = SPLINE_EDGE - 0.5
         inside.mul_((position >= border) & (position <= size - 1 - border))
         low = position.floor()
@@ -109,13 +120,18 @@ def _interpolate_spline(view: torch.Tensor, coefficients: torch.Tensor, affine: 
         lower = 1 - upper
         places = low - first / lower, low + 1 + last / upper
         ends.append([(weight, (p + 0.5) * (2 / size) - 1) for weight, p in zip((lower, upper), places)])
-    grid = torch.empty(view.shape[0], 1, *view.shape[1:], 3, device=view.device)
+    grid = _empty_grid(view)
     for corner in itertools.product(*ends):
         weight = inside
         for axis, (share, place) in enumerate(corner):
             weight = weight * share
             grid[:, 0, :, :, 2 - axis] = place
         view.add_(weight * _lookup(coefficients, grid))
+
+
+def _empty_grid(view: torch.Tensor) -> torch.Tensor:
+    x, y, z = view.shape[1:]
+    return torch.empty(x, 1, y, z, 3, device=view.device)
 
 
 def _fill(out: torch.Tensor, row: np.ndarray, shift: float = 0.0) -> torch.Tensor:
@@ -126,6 +142,7 @@ def _fill(out: torch.Tensor, row: np.ndarray, shift: float = 0.0) -> torch.Tenso
 
 
 def _lookup(block: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Trilinear interpolation of a block at `[X, 1, Y, Z, 3]`: slabs along X, so that all threads of a CPU work."""
-    source = block.expand(len(grid), 1, -1, -1, -1)
-    return F.grid_sample(source, grid, align_corners=False)[:, 0, 0]
+    """Trilinear interpolation of a block `[C, x, y, z]` at `[X, 1, Y, Z, 3]`: slabs along X, so that all threads of a
+    CPU work."""
+    source = block.expand(len(grid), -1, -1, -1, -1)
+    return F.grid_sample(source, grid, align_corners=False)[:, :, 0].movedim(0, 1)

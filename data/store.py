@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .channels import channel_number
+from .columns import codes, matrix
 from .manifest import NAME, Manifest
 from .prepare_volume import RETRIES, prepare_again
-from .stored_volume import PACKED, PackedVolume, StoredVolume, open_volume
-from .volume import BadVolume
+from .stored_volume import PACKED, Channels, Volume, open_volume
+from .volume import NATIVE, BadVolume
 
 Read = TypeVar("Read")
 
@@ -25,6 +27,8 @@ class UnreadableVolume(Exception):
 
 class PreparedVolumes(Sequence):
     """The volumes of a manifest, opened when they are asked for; light enough to be in every loader's process.
+
+    With `data.channels` a volume is what has some of them on one grid, and its files are its channels.
 
     Args:
         rows: numbers of `manifest.volumes`; None for all.
@@ -41,14 +45,18 @@ class PreparedVolumes(Sequence):
         self.sources = table["source"].combine_chunks()
         if pc.any(pc.ends_with(self.files, PACKED)).as_py() and find_spec("blosc2") is None:
             raise ValueError(f"{manifest.folder} holds packed volumes: pip install blosc2")
-        names, of = manifest.subjects
-        self.subjects = of if rows is None else of[rows]  # a number a volume
-        self.several_subjects = len(names) > 1
         self.paddings = table["padding"].combine_chunks()
+        self.spacings = matrix(table["spacing"], 3)
+        fixed = manifest.preparation.spacing != NATIVE
+        self.spacing = self.spacings[0].tolist() if fixed else NATIVE  # mm, of all
+        self.channels = _channels(table, manifest.preparation.channels)
+        first = self.channels.max(axis=1)  # a row of each volume
+        names, of = manifest.subjects
+        self.subjects = (of if rows is None else of[rows])[first]  # a number a volume
+        self.several_subjects = len(names) > 1
         self.chances = None  # of each volume, added up
         if draw != "volumes":
-            datasets = table["dataset"].combine_chunks().fill_null("").dictionary_encode().indices.to_numpy()
-            of = {"subjects": self.subjects, "datasets": datasets}[draw]
+            of = {"subjects": self.subjects, "datasets": codes(table["dataset"].fill_null(""))[first]}[draw]
             _, of, counts = np.unique(of, return_inverse=True, return_counts=True)
             self.chances = np.cumsum(1 / counts[of]) / len(counts)
 
@@ -59,15 +67,30 @@ class PreparedVolumes(Sequence):
         return min(int(np.searchsorted(self.chances, rng.random(), side="right")), len(self) - 1)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.channels)
 
     def path(self, number: int) -> Path:
-        return self.manifest.folder / self.files[number].as_py()
+        """Of the first channel that is there."""
+        return self._path(self._rows(number)[0])
 
-    def __getitem__(self, number: int) -> StoredVolume | PackedVolume:
-        return open_volume(self.path(number), self.paddings[number].as_py())
+    def __getitem__(self, number: int) -> Volume:
+        opened = [self._open(row) if row >= 0 else None for row in self.channels[number].tolist()]
+        return opened[0] if len(opened) == 1 else Channels(opened)
 
-    def read(self, number: int, use: Callable[[StoredVolume | PackedVolume], Read]) -> Read:
+    def _rows(self, number: int) -> list[int]:
+        return [row for row in self.channels[number].tolist() if row >= 0]
+
+    def _path(self, row: int) -> Path:
+        return self.manifest.folder / self.files[row].as_py()
+
+    def _open(self, row: int) -> Volume:
+        try:
+            return open_volume(self._path(row), self.paddings[row].as_py(), self.spacings[row].tolist())
+        except OSError as error:
+            error.filename = self._path(row)
+            raise
+
+    def read(self, number: int, use: Callable[[Volume], Read]) -> Read:
         """What `use` returns of a volume. One that is gone or short is prepared again where its source is still there;
         a disk that fails is asked again, after a pause.
 
@@ -79,15 +102,27 @@ class PreparedVolumes(Sequence):
                 return use(self[number])
             except OSError as error:
                 why, of_the_file = error.strerror or str(error), error.errno in (None, errno.ENOENT)
+                path = error.filename or self.path(number)
             if self._restore(number):
                 continue
             if pause is None or (of_the_file and (self.manifest.folder / NAME).exists()):  # the disk is there
                 break
             time.sleep(pause)
-        raise UnreadableVolume(f"{self.path(number)} cannot be read ({why})")
+        raise UnreadableVolume(f"{path} cannot be read ({why})")
 
     def _restore(self, number: int) -> bool:
         try:
-            return prepare_again(self.manifest.folder, self.sources[number].as_py())
+            return any([prepare_again(self.manifest.folder, self.sources[row].as_py()) for row in self._rows(number)])
         except (OSError, BadVolume):
             return False
+
+
+def _channels(table: pa.Table, names: tuple[str, ...]) -> np.ndarray:
+    """The rows `[volumes, C]` that are the channels of each volume, -1 where one is missing."""
+    if not names:
+        return np.arange(len(table))[:, None]
+    number = {modality: channel_number(names, modality) for modality in pc.unique(table["modality"]).to_pylist()}
+    of = codes(table["case"])  # in the order of the rows
+    rows = np.full((of.max() + 1, len(names)), -1)
+    rows[of, [number[modality] for modality in table["modality"].to_pylist()]] = np.arange(len(table))
+    return rows

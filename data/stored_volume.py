@@ -1,7 +1,7 @@
 """Volumes as they are kept on the disk: plain `.npy`, of which a crop reads the rows it needs, or packed `.b2nd`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,16 +13,21 @@ CHUNK, BLOCK = 64, 32  # voxels an edge that are packed together, and that are u
 Read = TypeVar("Read")
 
 
-def open_volume(path: Path, padding: float = 0.0) -> "StoredVolume | PackedVolume":
+def open_volume(
+    path: Path, padding: float = 0.0, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> "StoredVolume | PackedVolume":
     """A volume `[X, Y, Z]` of which indexing with three slices reads no more than it must.
 
     Args:
         padding: what is around it.
+        spacing: mm of its voxels.
 
     Raises:
         OSError: if it cannot be read, is no volume, or is shorter than it says; indexing, too.
     """
-    return (PackedVolume if path.suffix == PACKED else StoredVolume)(path, padding)
+    volume = (PackedVolume if path.suffix == PACKED else StoredVolume)(path)
+    volume.padding, volume.spacing = padding, tuple(spacing)
+    return volume
 
 
 def save_volume(array: np.ndarray, file: Path, packed: bool) -> None:
@@ -42,15 +47,11 @@ class StoredVolume:
 
     Not a memory map: there, a disk that fails or a file that was cut short ends the process.
 
-    Args:
-        padding: what is around it.
-
     Raises:
         OSError: if it cannot be read, is no `.npy`, or is shorter than it says.
     """
 
-    def __init__(self, path: Path, padding: float = 0.0):
-        self.padding = padding
+    def __init__(self, path: Path):
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115, it is read in `__getitem__`
         try:
             if np.lib.format.read_magic(self.file) != (1, 0):
@@ -85,10 +86,9 @@ class StoredVolume:
 class PackedVolume:
     """The same of a `.b2nd`."""
 
-    def __init__(self, path: Path, padding: float = 0.0):
+    def __init__(self, path: Path):
         import blosc2
 
-        self.padding = padding
         if not path.is_file():  # blosc2 has an error of its own
             raise FileNotFoundError(2, os.strerror(2), str(path))
         self.array = _or_os_error(lambda: blosc2.open(str(path), mode="r", dparams={"nthreads": 1}))
@@ -96,6 +96,39 @@ class PackedVolume:
 
     def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
         return _or_os_error(lambda: self.array[box])
+
+
+class HeldVolume:
+    """The same in memory, `[X, Y, Z]` or `[C, X, Y, Z]`."""
+
+    def __init__(self, voxels: np.ndarray, padding: float = 0.0, spacing: Sequence[float] = (1.0, 1.0, 1.0)):
+        self.voxels, self.padding, self.spacing = voxels, padding, tuple(spacing)
+        self.shape, self.dtype = voxels.shape[-3:], voxels.dtype
+
+    def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+        return self.voxels[(..., *box)]
+
+
+class Channels:
+    """Volumes on one grid as the channels of one, `[C, X, Y, Z]`; those that are missing (None) are 0."""
+
+    def __init__(self, volumes: "Sequence[StoredVolume | PackedVolume | HeldVolume | None]"):
+        self.volumes = volumes
+        self.present = np.array([volume is not None for volume in volumes])
+        first = next(volume for volume in volumes if volume is not None)
+        self.shape, self.dtype, self.spacing = first.shape, first.dtype, first.spacing
+        self.padding = np.array([volume.padding if volume else 0.0 for volume in volumes])  # [C]
+
+    def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
+        size = [len(range(*part.indices(n))) for part, n in zip(box, self.shape)]
+        out = np.zeros((len(self.volumes), *size), self.dtype)
+        for channel, volume in zip(out, self.volumes):
+            if volume is not None:
+                channel[:] = volume[box]
+        return out
+
+
+Volume = StoredVolume | PackedVolume | HeldVolume | Channels
 
 
 def _or_os_error(read: Callable[[], Read]) -> Read:

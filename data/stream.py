@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .store import PreparedVolumes, UnreadableVolume
-from .stored_volume import PackedVolume, StoredVolume
+from .stored_volume import HeldVolume, Volume
 from .views import alignment_points, draw_turn, sample_views
+from .volume import axis_order
 
 # generators of their own: chances of one do not move the rest
 PURPOSES = ("geometry", "turns", "mask", "intensity", "replacement")
@@ -33,19 +34,19 @@ class Batch(TypedDict):
     points: torch.Tensor  # [2B, P, S, 3], where to compare: S places for each of P cells, in voxels of each crop; those
     # of the two views of a volume are the same places
     inside: torch.Tensor  # [2B, P], whether both views reach a cell
+    present: torch.Tensor  # [2B, C], False where a volume lacks a channel, which is 0 then and no target
+    spacing: torch.Tensor  # [2B, 3], mm between neighbouring voxels of a view, along its axes
     pair: torch.Tensor  # [2B], the number of the sample, which its two views share
-    group: (
-        torch.Tensor
-    )  # [2B], of the subject, whose views are never negatives of each other; of one subject, as `pair`
+    group: torch.Tensor  # [2B], of the subject, whose views are no negatives of each other; of one subject, as `pair`
 
 
 class SampleStream(Dataset):
     """Pairs of views, their masks and the points at which to compare them. Volumes are drawn with replacement.
 
     Args:
-        volumes: prepared ones, or volumes in memory `[X, Y, Z]`.
-        spacing: mm of their voxels.
+        volumes: prepared ones, or volumes in memory.
         crop_size: voxels, (X, Y, Z).
+        coarsest_last: whether the last axis of crops lies along the coarsest axis of a volume (`axis_order`).
         overlap: range of the fraction of its volume that a crop shares with the other view.
         overhang: see `sample_views`.
         interpolation: "linear" or "cubic", of views that are turned.
@@ -59,10 +60,10 @@ class SampleStream(Dataset):
 
     def __init__(
         self,
-        volumes: PreparedVolumes | Sequence[np.ndarray],
+        volumes: PreparedVolumes | Sequence[HeldVolume],
         seed: int,
-        spacing: tuple[float, ...],
         crop_size: tuple[int, ...],
+        coarsest_last: bool,
         overlap: tuple[float, float],
         overhang: float,
         interpolation: str,
@@ -77,8 +78,7 @@ class SampleStream(Dataset):
     ):
         self.volumes = volumes
         self.seed = seed
-        self.spacing = spacing
-        self.crop_size = tuple(crop_size)
+        self.crop_size, self.coarsest_last = tuple(crop_size), coarsest_last
         self.overlap, self.overhang = overlap, overhang
         self.interpolation = interpolation
         self.shared, self.independent = shared, independent
@@ -93,8 +93,8 @@ class SampleStream(Dataset):
         Returns:
             For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
             `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity`, `padding`
-            (which blocks are counted from), `pair` (the number of the sample) and `group`; and `unreadable`, a line for
-            each volume that could not be read.
+            (which blocks are counted from) and `present` `[C]`, `spacing` `[3]`, `pair` (the number of the sample) and
+            `group`; and `unreadable`, a line for each volume that could not be read.
 
         Raises:
             OSError: if nothing can be read.
@@ -123,17 +123,20 @@ class SampleStream(Dataset):
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)
 
-    def sample_of(self, index: int, volume: StoredVolume | PackedVolume | np.ndarray, group: int) -> dict:
+    def sample_of(self, index: int, volume: Volume, group: int) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Sample `index`, made of this volume, whose subject has the number `group`; see `__getitem__`."""
         geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
         self._draw(geometry)  # which volume
-        shared = draw_turn(turns, self.shared, self.spacing)
-        own = tuple(draw_turn(turns, self.independent, self.spacing) for _ in range(2))
+        order = list(axis_order(volume.spacing, self.coarsest_last))
+        spacing = np.array(volume.spacing)[order]  # along the axes of the crops
+        shared = np.eye(3)[:, order] @ draw_turn(turns, self.shared, spacing)
+        own = tuple(draw_turn(turns, self.independent, spacing) for _ in range(2))
         affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
-        padding = getattr(volume, "padding", 0.0)
+        padding = np.atleast_1d(volume.padding)
         blocks, crop_to_block = zip(
             *(read_block(volume, a, self.crop_size, self.interpolation, padding) for a in affines)
         )
+        spacing = np.linalg.norm(np.array(volume.spacing)[:, None] * affines[:, :, :3], axis=1)
         affines = torch.from_numpy(affines)
         points, inside = alignment_points(affines, self.crop_size, **self.points)
         return {
@@ -144,7 +147,9 @@ class SampleStream(Dataset):
             "points": points.float(),
             "inside": inside.expand(2, -1),
             "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity),
-            "padding": torch.full((2,), padding, dtype=torch.float32),
+            "padding": torch.from_numpy(padding).float().expand(2, -1),
+            "present": torch.tensor(getattr(volume, "present", True)).expand(2, len(padding)),
+            "spacing": torch.from_numpy(spacing).float(),
             "pair": torch.full((2,), index),
             "group": torch.full((2,), group),
         }
@@ -181,12 +186,15 @@ def render(
     """
     blocks = [block.to(device, non_blocking=True) for block in batch["block"]]
     clean = cut_views(blocks, batch["crop_to_block"], crop_size, interpolation)
-    if any(batch["padding"].tolist()):  # on the CPU: no GPU is waited for
-        clean += batch["padding"].to(device, non_blocking=True).view(-1, 1, 1, 1, 1)
+    if batch["padding"].numpy().any():  # on the CPU: no GPU is waited for
+        clean += batch["padding"].to(device, non_blocking=True)[..., None, None, None]
     views = change_intensity(clean, batch["intensity"])
+    if not batch["present"].numpy().all():  # noise is no channel
+        views = views * batch["present"].to(device, non_blocking=True)[..., None, None, None]
     if target == "clean" and views is clean:
         views = clean.clone()  # a batch takes the same memory whatever was drawn
-    rest = {key: batch[key].to(device, non_blocking=True) for key in ("mask", "points", "inside", "pair", "group")}
+    keys = ("mask", "points", "inside", "present", "spacing", "pair", "group")
+    rest = {key: batch[key].to(device, non_blocking=True) for key in keys}
     return {"views": views, "target": clean if target == "clean" else views, **rest}
 
 
@@ -224,23 +232,6 @@ def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_m
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the model's generator
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-
-
-def next_samples(loader: Iterator[dict]) -> dict:
-    """The next batch of an iterating loader.
-
-    Raises:
-        OSError: if one of its processes was killed.
-    """
-    try:
-        return next(loader)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise OSError(
-            f"a loader process ended ({str(error).splitlines()[0]}), perhaps for want of memory: lower run.workers or "
-            "give the job more, and go on from the last checkpoint with --resume auto"
-        ) from None
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

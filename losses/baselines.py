@@ -3,14 +3,16 @@
 import torch
 import torch.nn.functional as F
 
-from .reconstruction import masked_huber
+from .reconstruction import counted_voxels, masked_huber
 
 HALVINGS = 40  # of the range in which the best constant lies: to float32's rounding
 REACH = 1.0  # blocks: standard deviation of the Gaussian by which visible blocks fill in hidden ones
 
 
 @torch.no_grad()
-def reconstruction_baselines(views: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def reconstruction_baselines(
+    views: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, present: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The loss of three fillings that know nothing of anatomy, averaged exactly as the reconstruction term is.
 
     Compare them with that term on the same crops and masks, in evaluation mode: below `constant` the network has found
@@ -20,6 +22,7 @@ def reconstruction_baselines(views: torch.Tensor, target: torch.Tensor, mask: to
         views: `[V, C, X, Y, Z]`, of which a student sees what is not masked.
         target: `[V, C, X, Y, Z]`, what it is to rebuild.
         mask: `[V, x, y, z]`, True = hidden; a block has `X / x`, `Y / y`, `Z / z` voxels, and may be a single one.
+        present: `[V, C]`, whether there is such a channel.
 
     Returns:
         Three scalars on the device of the views: `constant`, of the one number that scores best over the whole batch,
@@ -38,19 +41,21 @@ def reconstruction_baselines(views: torch.Tensor, target: torch.Tensor, mask: to
     tiny = torch.finfo(views.dtype).tiny
     smooth = _spread(means) / _spread(seen).clamp(min=tiny)
     fillings = {
-        "constant": best_constant(target, voxel_mask),
+        "constant": best_constant(target, voxel_mask, present),
         "visible_mean": visible_mean,
         "interpolation": F.interpolate(smooth, size=size, mode="trilinear", align_corners=False),
     }
-    return {name: masked_huber(filling.expand_as(target), target, voxel_mask) for name, filling in fillings.items()}
+    return {
+        name: masked_huber(filling.expand_as(target), target, voxel_mask, present) for name, filling in fillings.items()
+    }
 
 
-def best_constant(target: torch.Tensor, voxel_mask: torch.Tensor) -> torch.Tensor:
-    """The number nearest to the masked voxels by `masked_huber`: `[B, C, X, Y, Z]` and its mask -> a scalar.
+def best_constant(target: torch.Tensor, voxel_mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """The number nearest to the masked voxels by `masked_huber`: a scalar.
 
     The slope of the loss, a clipped difference, only rises with the number: where it is 0 is found by halving.
     """
-    weight = (voxel_mask | ~voxel_mask.any()).expand_as(target)
+    weight = counted_voxels(voxel_mask, present).expand_as(target)
     low = target.masked_fill(~weight, float("inf")).amin()
     high = target.masked_fill(~weight, float("-inf")).amax()
     for _ in range(HALVINGS):

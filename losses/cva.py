@@ -47,7 +47,9 @@ def compute_terms(
     """
     losses = {}
     if "reconstructed" in outputs:
-        losses["reconstruction"] = masked_huber(outputs["reconstructed"], outputs["target"], outputs["voxel_mask"])
+        losses["reconstruction"] = masked_huber(
+            outputs["reconstructed"], outputs["target"], outputs["voxel_mask"], outputs["present"]
+        )
     if "student_dense" in outputs:
         crop_size = outputs["target"].shape[2:]
         student = sample_cells(outputs["student_dense"], outputs["points"], crop_size)

@@ -55,20 +55,23 @@ class ConsistentViewAlignment(Pretraining):
         mask: torch.Tensor,
         points: torch.Tensor,
         inside: torch.Tensor,
+        present: torch.Tensor,
         pair: torch.Tensor,
         group: torch.Tensor,
         target: torch.Tensor,
+        **_: torch.Tensor,  # spacing: nothing here is in mm
     ) -> dict[str, torch.Tensor]:
         """Run student and teacher on the crops of `B` volumes; the arguments are those of `data.stream.Batch`.
 
         Returns:
-            `target`, `points`, `inside`, `pair`, `group`, `voxel_mask` `[2B, 1, X, Y, Z]`; as far as a term needs them,
-            `reconstructed` `[2B, C, X, Y, Z]`, dense features `student_dense` and `teacher_dense` `[2B, D, x, y, z]`,
-            and `student_embedding` and `teacher_embedding` `[2B, D]`; `encoded`, what the student's encoder returned.
+            `target`, `present`, `points`, `inside`, `pair`, `group`, `voxel_mask` `[2B, 1, X, Y, Z]`; as far as a term
+            needs them, `reconstructed` `[2B, C, X, Y, Z]`, dense features `student_dense` and `teacher_dense`
+            `[2B, D, x, y, z]`, and `student_embedding` and `teacher_embedding` `[2B, D]`; `encoded`, what the student's
+            encoder returned.
         """
         voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
-        outputs = {"target": target, "points": points, "inside": inside, "pair": pair, "group": group}
-        outputs["voxel_mask"] = voxel_mask
+        outputs = {"target": target, "present": present, "points": points, "inside": inside, "pair": pair}
+        outputs |= {"group": group, "voxel_mask": voxel_mask}
         if self.teacher is not None:  # first: nothing of the student's waits in memory meanwhile
             with torch.no_grad():
                 outputs |= self._apply_heads("teacher", *self.teacher["features"](views), [self.teacher["projector"]])

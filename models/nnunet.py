@@ -26,7 +26,9 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
     """
     names = names_in_nnunet(config.model_type)
     spacing, patch_size = config.preprocessing["spacing"], list(config.image_size)
-    if len(set(spacing)) > 1 and config.preprocessing["orientation"][0] not in "SI":
+    if spacing == "native":
+        spacing = None  # nnU-Net then takes the data set's, or with `-am no_resample` each volume's own
+    elif len(set(spacing)) > 1 and config.preprocessing["orientation"][0] not in "SI":
         warnings.warn(
             f"nnU-Net reads volumes as [Z, Y, X], and will take the spacing {spacing} in that order, not in that of "
             f"{config.preprocessing['orientation']}: choose its spacing by hand there",
@@ -34,12 +36,12 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
         )
     if otherwise := normalises_otherwise(config):
         warnings.warn(otherwise, stacklevel=2)
-    isotropic = spacing == [1.0, 1.0, 1.0]
-    resampling = {"order_z": 0, "force_separate_z": None}
+    style = "noresample" if spacing is None else "onemmiso" if spacing == [1.0, 1.0, 1.0] else "fixed"
+    resampling = {"order_z": 1, "force_separate_z": None}
     configuration = {
         "data_identifier": name,
         "preprocessor_name": "DefaultPreprocessor",
-        "spacing_style": "onemmiso" if isotropic else "fixed",
+        "spacing_style": style,
         "normalization_schemes": [_normalization(config)] * config.num_channels,
         "use_mask_for_norm": [False] * config.num_channels,
         "resampling_fn_data": "resample_data_or_seg_to_shape",
@@ -58,7 +60,7 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
             "image_reader_writer": "SimpleITKIO",
             "transpose_forward": [0, 1, 2],
             "transpose_backward": [0, 1, 2],
-            "configurations": {"onemmiso" if isotropic else "fixed": configuration},
+            "configurations": {style: configuration},
             "experiment_planner_used": "FixedResEncUNetPlanner",
         },
         "pretrain_num_input_channels": config.num_channels,

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from data.manifest import read_manifest
+from data.manifest import MEDIAN, read_manifest
+from data.median_spacing import median_spacing
 from data.prepare_volume import bytes_at_most, read_header
 from data.stream import PREFETCHED
 from training.checkpoints import KEEP, complete_checkpoints
@@ -132,7 +133,7 @@ def check_room(folder: RunFolder, checkpoint: int, more: float = 0) -> str:
 
 def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: int) -> str:
     folder, prepared = launch.folder, launch.prepared
-    volumes = 0 if is_prepared(prepared) else sum(bytes_at_most(path, preparation(recipe.data)) for path in paths)
+    volumes = 0 if is_prepared(prepared) else _bytes_to_prepare(paths, recipe)
     if _existing(folder.path).stat().st_dev == _existing(prepared).stat().st_dev:
         return check_room(folder, checkpoint, volumes)
     free = shutil.disk_usage(_existing(prepared)).free
@@ -144,6 +145,12 @@ def check_disk(launch: Launch, paths: list[Path], recipe: Recipe, checkpoint: in
     return check_room(folder, checkpoint)
 
 
+def _bytes_to_prepare(paths: list[Path], recipe: Recipe) -> float:
+    how = preparation(recipe.data)
+    spacing = median_spacing(paths, how.orientation) if paths and how.spacing == MEDIAN else how.spacing
+    return sum(bytes_at_most(path, spacing, how.precision) for path in paths)
+
+
 def check_shared_memory(recipe: Recipe, crops: int, ranks: int, place: Path = Path("/dev/shm")) -> str:
     """Raise ValueError if there is no room for what the loaders keep ready.
 
@@ -153,7 +160,8 @@ def check_shared_memory(recipe: Recipe, crops: int, ranks: int, place: Path = Pa
     """
     if not recipe.run.workers or not place.is_dir():
         return "the loader needs no shared memory"
-    needed = ranks * recipe.run.workers * PREFETCHED * crops * 4 * math.prod(recipe.views.crop_size)
+    channels = recipe.data.num_channels
+    needed = ranks * recipe.run.workers * PREFETCHED * crops * channels * 4 * math.prod(recipe.views.crop_size)
     room = shutil.disk_usage(place).total  # of others' files the run may outlive
     if room < needed:
         raise ValueError(

@@ -69,12 +69,19 @@ TINY = [
 
 
 def prepared(
-    source: Path, folder: Path, orientation="RAS", spacing=(1.0, 1.0, 1.0), workers=1, packed=False, **rules
+    source: Path,
+    folder: Path,
+    orientation="RAS",
+    spacing=(1.0, 1.0, 1.0),
+    workers=1,
+    packed=False,
+    labels=None,
+    **how,
 ) -> PreparedVolumes:
     """The volumes of a folder, or one file, as a run has them."""
     one = source.is_file()
-    listing = Listing(source.parent, [Source(source.name)], []) if one else find_sources(source)
-    job = Job(folder, listing.root, Preparation(orientation, spacing, **rules), packed)
+    listing = Listing(source.parent, [Source(source.name)], []) if one else find_sources(source, labels=labels)
+    job = Job(folder, listing.root, Preparation(orientation, spacing, **how), packed, labels)
     assert prepare_folder(listing, job, workers) == 0
     return PreparedVolumes(read_manifest(folder))
 

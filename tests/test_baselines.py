@@ -63,6 +63,11 @@ def slow_baselines(views, target, mask):
     return scores | {"constant": best.fun}
 
 
+def baselines(views, target, mask, present=None):
+    everything = torch.ones(views.shape[:2], dtype=torch.bool)
+    return reconstruction_baselines(views, target, mask, everything if present is None else present)
+
+
 def random_mask(rng, crops, grid, ratio=0.6):
     mask = np.zeros((crops, math.prod(grid)), bool)
     for row in mask:
@@ -85,7 +90,7 @@ def test_they_are_what_loops_over_voxels_say(crops, channels, grid, block):
     views = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
     target = views + torch.from_numpy(rng.normal(size=shape).astype(np.float32))
     mask = random_mask(rng, crops, grid)
-    found = reconstruction_baselines(views, target, mask)
+    found = baselines(views, target, mask)
     expected = slow_baselines(views.numpy(), target.numpy(), mask.numpy())
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -99,36 +104,45 @@ def test_nothing_is_learned_from_what_is_hidden():
     views, mask = torch.from_numpy(rng.normal(size=(2, 1, 8, 8, 8))), random_mask(rng, 2, (4, 4, 4))
     target = views.clone()
     hidden = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
-    before = reconstruction_baselines(views, target, mask)
-    after = reconstruction_baselines(torch.where(hidden, 100.0, views), target, mask)
+    before = baselines(views, target, mask)
+    after = baselines(torch.where(hidden, 100.0, views), target, mask)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_ramp_is_interpolated_better_than_by_any_one_number():
     ramp = torch.linspace(-2, 2, 24).view(1, 1, 24, 1, 1).expand(2, 1, 24, 12, 18).contiguous()
-    found = reconstruction_baselines(ramp, ramp, random_mask(np.random.default_rng(2), 2, (8, 4, 6)))
+    found = baselines(ramp, ramp, random_mask(np.random.default_rng(2), 2, (8, 4, 6)))
     assert found["interpolation"] < 0.3 * found["visible_mean"]
     assert found["constant"] <= found["visible_mean"]
 
 
 def test_a_volume_of_one_value_is_filled_exactly():
     views = torch.full((2, 1, 12, 8, 6), 1.7)
-    found = reconstruction_baselines(views, views, random_mask(np.random.default_rng(3), 2, (3, 4, 2)))
+    found = baselines(views, views, random_mask(np.random.default_rng(3), 2, (3, 4, 2)))
     assert all(float(value) == pytest.approx(0, abs=1e-10) for value in found.values())
 
 
 def test_without_a_mask_all_voxels_count_as_in_the_loss():
     views = torch.from_numpy(np.random.default_rng(4).normal(size=(2, 1, 4, 4, 4)).astype(np.float32))
     nothing = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
-    found = reconstruction_baselines(views, views, nothing)
+    found = baselines(views, views, nothing)
     mean = views.mean((2, 3, 4), keepdim=True)
     expected = torch.nn.functional.huber_loss(mean.expand_as(views), views)
     assert float(found["visible_mean"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_channel_that_is_missing_does_not_count():
+    rng = np.random.default_rng(7)
+    views = torch.from_numpy(rng.normal(size=(2, 2, 6, 6, 6)).astype(np.float32))
+    mask, present = random_mask(rng, 2, (3, 3, 3)), torch.tensor([[True, False], [True, False]])
+    alone = baselines(views[:, :1], views[:, :1], mask)
+    together = baselines(views, views, mask, present)
+    assert all(float(together[name]) == pytest.approx(float(alone[name]), rel=1e-6) for name in alone)
+
+
 def test_a_crop_that_is_hidden_whole_is_filled_with_the_mean_of_a_volume():
     views = torch.from_numpy(np.random.default_rng(5).normal(size=(1, 1, 4, 4, 4)).astype(np.float32))
-    found = reconstruction_baselines(views, views, torch.ones(1, 2, 2, 2, dtype=torch.bool))
+    found = baselines(views, views, torch.ones(1, 2, 2, 2, dtype=torch.bool))
     for name in ("visible_mean", "interpolation"):
         assert float(found[name]) == pytest.approx(
             float(torch.nn.functional.huber_loss(torch.zeros_like(views), views)), rel=1e-5
@@ -139,7 +153,7 @@ def test_a_crop_that_is_hidden_whole_is_filled_with_the_mean_of_a_volume():
 def test_the_best_constant_is_not_beaten_by_any_other(values):
     target = torch.tensor(values, dtype=torch.float64).view(1, 1, -1, 1, 1)
     mask = torch.ones_like(target, dtype=torch.bool)
-    best = float(best_constant(target, mask))
+    best = float(best_constant(target, mask, torch.ones(1, 1, dtype=torch.bool)))
 
     def score(number):
         return sum(huber(number - value) for value in values)
@@ -149,5 +163,5 @@ def test_the_best_constant_is_not_beaten_by_any_other(values):
 
 def test_they_know_no_gradient_and_no_precision_but_float32():
     views = torch.randn(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    found = reconstruction_baselines(views, views, random_mask(np.random.default_rng(6), 1, (2, 2, 2)))
+    found = baselines(views, views, random_mask(np.random.default_rng(6), 1, (2, 2, 2)))
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.values())

@@ -223,6 +223,9 @@ def test_monitors_are_of_cells_inside():
 # --------------------------------------------------------------------------- reconstruction, and all together
 
 
+THERE = torch.ones(2, 1, dtype=torch.bool)
+
+
 def test_huber_looks_at_masked_voxels_only():
     torch.manual_seed(0)
     prediction, target = torch.randn(2, 2, 1, 4, 4, 4) * 2
@@ -232,15 +235,25 @@ def test_huber_looks_at_masked_voxels_only():
         if hidden:
             e = abs(float(p - t))
             errors.append(0.5 * e * e if e < 1 else e - 0.5)
-    assert masked_huber(prediction, target, mask).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert masked_huber(prediction, target, mask, THERE).item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     changed = torch.where(mask, prediction, prediction + 9)
-    assert masked_huber(changed, target, mask) == masked_huber(prediction, target, mask)
+    assert masked_huber(changed, target, mask, THERE) == masked_huber(prediction, target, mask, THERE)
+
+
+def test_huber_leaves_out_channels_that_are_missing():
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 2, 3, 4, 4, 4)
+    mask, present = torch.rand(2, 1, 4, 4, 4) < 0.5, torch.tensor([[True, False, True], [False, True, True]])
+    for hidden in (mask, torch.zeros_like(mask)):
+        counts = (hidden | ~hidden.any()).expand_as(target) & present[..., None, None, None]
+        expected = F.huber_loss(prediction[counts], target[counts])
+        torch.testing.assert_close(masked_huber(prediction, target, hidden, present), expected)
 
 
 def test_an_autoencoder_is_scored_everywhere():
     prediction, target = torch.randn(2, 2, 1, 4, 4, 4)
     none = torch.zeros(2, 1, 4, 4, 4, dtype=torch.bool)
-    assert masked_huber(prediction, target, none) == masked_huber(prediction, target, ~none)
+    assert masked_huber(prediction, target, none, THERE) == masked_huber(prediction, target, ~none, THERE)
 
 
 def test_each_crop_faces_the_other_view_of_its_volume():

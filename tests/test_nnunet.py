@@ -16,6 +16,7 @@ from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEnc
 from models.masked_resenc import MaskedResEnc
 from models.nnunet import adaptation_plan, checkpoint
 from models.warm_start import load_pretrained
+from training.model_card import model_card, nnunet_section
 from training.student import preprocessing
 
 PRIMUS = {"PrimusS": PrimusS, "PrimusB": PrimusB, "PrimusM": PrimusM, "PrimusL": PrimusL}
@@ -195,6 +196,23 @@ def test_the_plan_is_the_one_the_consumers_read():
     assert configuration["patch_size"] == plan["recommended_downstream_patchsize"] == [32, 24, 40]
     assert plan["key_to_lpe"] == "eva.pos_embed"
     assert adaptation_plan(resenc(**TINY_RESENC).config, "run")["key_to_lpe"] is None
+
+
+def test_the_plan_of_volumes_with_their_own_spacing_leaves_it_to_nnunet():
+    encoder = primus(**TINY_PRIMUS, num_channels=2)
+    encoder.config.preprocessing |= {"spacing": "native", "channels": ["T1w", "FLAIR"], "coarsest_last": True}
+    plan = adaptation_plan(encoder.config, "run")
+    assert plan["pretrain_num_input_channels"] == 2
+    (configuration,) = plan["pretrain_plan"]["configurations"].values()
+    assert configuration["spacing_style"] == "noresample"
+    assert configuration["spacing"] is None  # for which it has an answer of its own
+    words = nnunet_section(encoder, "folder", False, "run", has_decoder=False)
+    assert "-am no_resample" in words
+    assert "Spacing__None_None_None___Norm__Z" in words
+    card = model_card(encoder, {}, "folder", nnunet=words)
+    assert "Every volume keeps its own voxel size, none is resampled." in card
+    assert 'processor({"T1w": "brain_T1w.nii.gz", "FLAIR": "brain_FLAIR.nii.gz"})' in card
+    assert "their last axis lies along the coarsest axis of the volume" in card
 
 
 def test_an_encoder_that_nnunet_cannot_build_is_refused():

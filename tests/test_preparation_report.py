@@ -10,7 +10,7 @@ from matplotlib.image import imread
 import prepare_data
 from data import copies, preparation_pictures
 from data.copies import find_copies
-from data.manifest import SCHEMA, Manifest, Preparation, read_manifest
+from data.manifest import SCHEMA, Manifest, read_manifest
 from data.preparation_report import write_preparation_report
 from data.stored_volume import StoredVolume
 
@@ -122,11 +122,11 @@ def test_slices_lie_as_radiologists_see_them_and_in_mm(orientation):
     image = nib.Nifti1Image((-x + 10.0 * y + 100 * z).astype(np.float32), np.eye(4))
     turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(orientation))
     voxels, mm = image.as_reoriented(turn).get_fdata(), {"R": 1.0, "L": 1.0, "A": 2.0, "P": 2.0, "S": 3.0, "I": 3.0}
-    how = Preparation(orientation, tuple(mm[letter] for letter in orientation))
+    how = orientation, [mm[letter] for letter in orientation]
     slopes = {"axial": (1, 10), "coronal": (1, 100), "sagittal": (-10, 100)}  # to the right, and up
     sizes = {"axial": (4, 10), "coronal": (4, 18), "sagittal": (10, 18)}
     for name, ends in preparation_pictures.PLANES.items():
-        plane, size = preparation_pictures._plane(voxels, *ends, how)
+        plane, size = preparation_pictures._plane(voxels, *ends, *how)
         assert size == sizes[name]
         assert np.all(np.diff(plane, axis=1) == slopes[name][0])
         assert np.all(np.diff(plane, axis=0) == slopes[name][1])

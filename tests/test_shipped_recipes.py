@@ -54,6 +54,7 @@ PUBLISHED = {  # of both networks: methods and trainers of the paper and its cod
         "spacing": (1, 1, 1),
         "include": [],
         "exclude": [],
+        "channels": [],
         "draw": "volumes",
         "leave_out": [],
         "validation_share": 0.01,
@@ -61,6 +62,7 @@ PUBLISHED = {  # of both networks: methods and trainers of the paper and its cod
         "max_bad_share": 0.05,
     },
     "views": {
+        "coarsest_last": False,
         "overlap": (0.4, 0.8),
         "overhang": 0.3,
         "interpolation": "linear",

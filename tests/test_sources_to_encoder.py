@@ -12,6 +12,8 @@ from test_prepare_data import script
 
 from data.demo import demo_volume
 from data.manifest import read_manifest
+from models import load_encoder
+from training.export import processor
 
 CT = ["data.intensity_of_ct={rule: window, low: -1000, high: 1000, mean: 0, std: 500}"]
 NIBABEL = ("anatomical.nii", "example4d.nii.gz", "example_nifti2.nii.gz", "functional.nii")
@@ -73,8 +75,27 @@ def ct(folder):
     return folder, [], CT, 3
 
 
+def channels(folder):
+    """Three patients with two registered contrasts, of whom one has only the first."""
+    for subject in range(3):
+        for modality in ("T1w", "FLAIR")[: 1 if subject == 2 else 2]:
+            path = folder / f"sub-{subject}" / "anat" / f"sub-{subject}_{modality}.nii.gz"
+            save_nifti(path, blobs(subject) if modality == "T1w" else 2000 - blobs(subject))
+    return folder, [], ["data.channels=[T1w,FLAIR]"], 5
+
+
+def slices(folder):
+    """Of 4 mm, in another plane each."""
+    for number, spacing in enumerate([(1.0, 1.0, 4.0), (1.0, 4.0, 1.0), (4.0, 1.0, 1.0)]):
+        save_nifti(folder / f"{number}.nii.gz", blobs(number, tuple(round(44 / mm) for mm in spacing)), spacing)
+    return folder, [], ["data.spacing=native"], 3
+
+
+THIN = ["views.crop_size=[32,32,12]", "views.cells=[3,3,1]", "views.coarsest_last=true", "model.patch_size=4"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", [template, bids, decathlon, nnssl, hub, ct])
+@pytest.mark.parametrize("source", [template, bids, decathlon, nnssl, hub, ct, channels, slices])
 def test_a_source_becomes_an_encoder(source, tmp_path):
     place, arguments, numbers, count = source(tmp_path / "data")
     preparing = [place, "--output", tmp_path / "ready", *arguments, "data.spacing=[1,1,1]", *numbers]
@@ -90,8 +111,14 @@ def test_a_source_becomes_an_encoder(source, tmp_path):
     if source is ct:
         assert {row["modality"] for row in found} == {"CT"}
         assert all(row["padding"] == -2 for row in found)
-    common = ["--config", config("ddp"), "--data", tmp_path / "ready", "--output", tmp_path / "run", *TINY, *numbers]
-    trained = launch(*common)
+    common = ["--config", config("ddp"), "--data", tmp_path / "ready", "--output", tmp_path / "run", *TINY]
+    trained = launch(*common, *numbers, *([*THIN, "mask.block=4"] if source is slices else []))
     assert f"data        {count} volumes" in trained.stdout
     facts = json.loads((tmp_path / "run" / "encoder" / "pretraining.json").read_text())
     assert facts["data"] == read_manifest(tmp_path / "ready").fingerprint()
+    encoder = load_encoder(tmp_path / "run" / "encoder")
+    images = [place / row["source"] for row in found] if place.is_dir() and source is not hub else []
+    for image in [{"T1w": path} for path in images if "T1w" in path.name] if source is channels else images:
+        crop = processor(encoder.config)(image)["pixel_values"]
+        assert crop.shape == (1, encoder.config.num_channels, *encoder.config.image_size)
+        assert encoder(crop).last_hidden_state.isfinite().all()

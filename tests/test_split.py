@@ -96,7 +96,10 @@ def test_samples_of_the_only_subject_are_groups_of_their_own(tmp_path):
 )
 def test_what_is_drawn_with_equal_chances(draw, chances):
     whose = [("a", "1"), ("a", "1"), ("a", "2"), ("b", "1"), ("b", "1")]
-    rows = [{"source": f"{i}.nii", "dataset": d, "subject": s, "file": str(i)} for i, (d, s) in enumerate(whose)]
+    rows = [
+        {"source": f"{i}.nii", "dataset": d, "subject": s, "file": str(i), "spacing": [1.0] * 3}
+        for i, (d, s) in enumerate(whose)
+    ]
     of = Manifest(None, pa.Table.from_pylist(rows, schema=SCHEMA), Preparation("RAS", (1, 1, 1)), "", 0)
     volumes, rng = PreparedVolumes(of, draw=draw), np.random.default_rng(0)
     found = np.bincount([volumes.draw(rng) for _ in range(20_000)], minlength=5) / 20_000

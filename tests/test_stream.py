@@ -1,6 +1,7 @@
 """The stream of samples."""
 
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from conftest import prepared
 from scipy.ndimage import map_coordinates
 
-from data.stream import MicroBatches, SampleStream, make_loader, next_samples, render, stack_views
+from data.stored_volume import HeldVolume
+from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
+from training.command_line import exit_code
 
 TURN = {
     "mirror": 0.5,
@@ -28,8 +31,8 @@ INTENSITY = {
 
 def make_stream(volumes, seed, **changes):
     numbers = {
-        "spacing": (1.0, 1.0, 1.0),
         "crop_size": (32, 16, 24),
+        "coarsest_last": False,
         "overlap": (0.4, 0.8),
         "overhang": 0.0,
         "interpolation": "linear",
@@ -87,10 +90,11 @@ def test_a_chance_changes_nothing_but_its_own_change(stream):
         )
 
 
-def test_views_differ_in_mask_and_turn_and_turns_are_rigid_in_mm(stream):
+def test_views_differ_in_mask_and_turn_and_turns_are_rigid_in_mm(volumes):
     always = {name: c | {"probability": 1.0} if isinstance(c, dict) else c for name, c in TURN.items()}
     spacing = np.array((0.5, 1.0, 3.0))
-    turned = make_stream(stream.volumes, 7, spacing=tuple(spacing), shared=always, independent=always)
+    held = [HeldVolume(np.zeros((64, 48, 40), np.float32), spacing=spacing)]
+    turned = make_stream(held, 7, shared=always, independent=always)
     for index in range(5):
         sample = turned[index]
         assert not torch.equal(*sample["mask"])
@@ -98,6 +102,8 @@ def test_views_differ_in_mask_and_turn_and_turns_are_rigid_in_mm(stream):
         for matrix in matrices:
             gram = matrix.T @ matrix
             np.testing.assert_allclose(gram, gram[0, 0] * np.eye(3), atol=1e-9)
+        of_view = np.linalg.norm(np.array(matrices) @ np.diag(spacing), axis=1)
+        np.testing.assert_allclose(sample["spacing"], of_view, rtol=1e-6)
         assert np.abs(matrices[0] - matrices[1]).max() > 0.01
 
 
@@ -131,14 +137,18 @@ def test_masks_hide_the_same_number_of_blocks_everywhere(stream):
     assert stream[0]["mask"].shape == (2, 4, 2, 3)
 
 
-def test_a_loader_process_that_dies_is_said_in_one_line(stream):
-    loader = iter(make_loader(stream, MicroBatches(0, 1000, 4, 1, 0, 1), 1, pin_memory=False))
-    next_samples(loader)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    with pytest.raises(OSError, match=r"a loader process ended \(.*\), perhaps for want of memory") as caught:
-        list(iter(lambda: next_samples(loader), None))
-    assert "\n" not in str(caught.value)
+def test_a_loader_process_that_dies_is_said_in_one_line(stream, capfd):
+    def train():
+        loader = iter(make_loader(stream, MicroBatches(0, 1000, 4, 1, 0, 1), 1, pin_memory=False))
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        for _ in loader:
+            pass
+
+    assert exit_code("train.py", train) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"train.py: a loader process ended \(.*\), perhaps for want of memory: .*", line)
 
 
 @pytest.mark.parametrize(("ranks", "workers", "accumulate"), [(1, 0, 1), (2, 0, 1), (2, 2, 1), (2, 0, 2)])

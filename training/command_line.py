@@ -10,6 +10,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 LAST_WORDS = 5.0  # seconds that the first rank gets to speak: launchers end it when another has ended
+LOADER_DIED = (  # torch's signal handler says it wherever the main process is by then
+    "a loader process ended ({}), perhaps for want of memory: lower run.workers or give the job more, and go on from "
+    "the last checkpoint with --resume auto"
+)
 DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
@@ -19,24 +23,27 @@ def run(script: str, main: Callable[[], None]) -> None:
     The process ends at once, without the interpreter's tidying up: there libraries' threads now and then abort, or wait
     for ranks that wait for this one, and a launcher would take a finished run for a crashed one.
     """
-    code = _exit_code(script, main)
+    code = exit_code(script, main)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _exit_code(script: str, main: Callable[[], None]) -> int:
+def exit_code(script: str, main: Callable[[], None]) -> int:
     try:
         main()
     except SystemExit as end:
         return end.code or 0
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError, FloatingPointError)) or not is_for_the_user(error):
+        died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        ours = isinstance(error, (ValueError, OSError, FloatingPointError)) and is_for_the_user(error)
+        if not (ours or died):
             traceback.print_exc()
             return 1
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, OSError):  # other errors are the same on all ranks
-            print(f"{Path(script).name}: {error}", file=sys.stderr)
+        if rank == "0" or died or isinstance(error, OSError):  # other errors are the same on all ranks
+            words = LOADER_DIED.format(str(error).splitlines()[0]) if died else error
+            print(f"{Path(script).name}: {words}", file=sys.stderr)
         else:
             time.sleep(LAST_WORDS)
         return 2

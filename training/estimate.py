@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from data.stored_volume import HeldVolume
 from data.stream import Batch, SampleStream, stack_views
 from models.distributed import Traffic, count_traffic
 
@@ -53,8 +54,8 @@ def noise_batch(
     Args:
         build_stream, make_batch: of the script.
     """
-    noise = np.random.default_rng(0).normal(size=recipe.views.crop_size).astype(np.float32)
-    stream = build_stream([noise], recipe)
+    noise = np.random.default_rng(0).normal(size=(recipe.data.num_channels, *recipe.views.crop_size))
+    stream = build_stream([HeldVolume(noise.astype(np.float32))], recipe)
     return make_batch(stack_views([stream[i] for i in range(volumes)]), torch.device(device), recipe)
 
 

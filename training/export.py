@@ -33,8 +33,9 @@ FACTS = "pretraining.json"  # what is known of the run that made the weights
 
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:
     """The object that does what `config.preprocessing` says."""
-    known = ("orientation", "spacing", "crop_size", "intensity", "intensity_of_ct")  # an older one lacks the last two
-    return VolumeImageProcessor(**{key: config.preprocessing[key] for key in known if key in config.preprocessing})
+    known = ("orientation", "spacing", "crop_size", "intensity", "intensity_of_ct", "channels", "coarsest_last")
+    there = {key: config.preprocessing[key] for key in known if key in config.preprocessing}  # an older one has fewer
+    return VolumeImageProcessor(**there)
 
 
 def for_use(config: PretrainedConfig) -> PretrainedConfig:

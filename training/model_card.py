@@ -66,7 +66,10 @@ def _use(encoder: PreTrainedModel, where: str) -> str:
     stage, channels, stride = row.feature_map(config)
     shape = f"[1, {channels}, X/{stride}, Y/{stride}, Z/{stride}]"
     roi, inputs = list(config.image_size), config.num_channels
-    channels_note = f".repeat(1, {inputs}, 1, 1, 1)" if inputs > 1 else ""  # your channels, of one shape, go here
+    names = config.preprocessing.get("channels") or []
+    channels_note = f".repeat(1, {inputs}, 1, 1, 1)" if inputs > 1 and not names else ""  # yours go here
+    files = ", ".join(f'"{name}": "brain_{name}.nii.gz"' for name in names)  # of which some may be missing
+    image, no_channel = (f"{{{files}}}", "[None]") if names else ('"brain.nii.gz"', "[None, None]")
     return f"""## Use
 
 ```python
@@ -76,7 +79,7 @@ from transformers import AutoImageProcessor, AutoModel
 processor = AutoImageProcessor.from_pretrained("{where}", trust_remote_code=True)  # needs nibabel, scipy, pillow
 encoder = AutoModel.from_pretrained("{where}", trust_remote_code=True).eval()  # needs torch, transformers
 
-crop = processor("brain.nii.gz")["pixel_values"]{channels_note}  # the middle of the volume, {roi} voxels
+crop = processor({image})["pixel_values"]{channels_note}  # the middle of the volume, {roi} voxels
 with torch.no_grad():
     output = encoder(crop)
     feature_map = encoder(crop, stages=["{stage}"]).feature_maps["{stage}"]  # {shape}
@@ -91,7 +94,7 @@ from monai.inferers import sliding_window_inference
 
 enlarge = torch.nn.Upsample(scale_factor={stride}, mode="trilinear")
 head = torch.nn.Sequential(torch.nn.Conv3d({channels}, 2, 1), enlarge)
-volume = torch.from_numpy(processor.prepare("brain.nii.gz"))[None, None]{channels_note}
+volume = torch.from_numpy(processor.prepare({image})){no_channel}{channels_note}
 
 
 def segment(window):
@@ -111,15 +114,25 @@ def _preparation(steps: dict) -> str:
     crop, scale, padding = steps_of(intensity)
     of_cts = steps_of(of_ct) if of_ct else ""
     cts = of_cts and f"\n\n{CTS}: 2. crop to {of_cts[0]}; 3. {of_cts[1]}; 5. pad with {of_cts[2]}."
+    channels = steps.get("channels")
+    together = f", one box around all of {', '.join(channels)}, which must be on one grid" if channels else ""
+    native = steps["spacing"] == "native"
+    resample = (
+        "Every volume keeps its own voxel size, none is resampled"
+        if native
+        else (f"Resample to {_times(steps['spacing'])} mm; {steps['interpolation']}")
+    )
+    last = "; their last axis lies along the coarsest axis of the volume" if steps.get("coarsest_last") else ""
+    missing = "; a channel that is missing is 0" if channels else ""
     return f"""## Preparation of a volume
 
 The processor does this, in this order, with the code that prepared the training data:
 
 1. Orientation {steps["orientation"]}.
-2. Crop to {crop}.
+2. Crop to {crop}{together}.
 3. {scale[0].upper()}{scale[1:]}.
-4. Resample to {_times(steps["spacing"])} mm; {steps["interpolation"]}.
-5. Crop to {_times(steps["crop_size"])} voxels; pad with {padding}.{cts}"""
+4. {resample}.
+5. Crop to {_times(steps["crop_size"])} voxels{last}; pad with {padding}{missing}.{cts}"""
 
 
 def _training(facts: dict) -> str:
@@ -170,7 +183,9 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     config, names = encoder.config, architecture(encoder.config.model_type).nnunet
     if names is None:
         return ""
-    spacing = "_".join(f"{s:.2f}" for s in config.preprocessing["spacing"])
+    native = config.preprocessing["spacing"] == "native"
+    spacing = "_".join(["None"] * 3 if native else [f"{s:.2f}" for s in config.preprocessing["spacing"]])
+    mode = "no_resample" if native else "like_pretrained"
     plan = f"ptPlans__{name}____Spacing__{spacing}___Norm__Z"
     source = f"https://huggingface.co/{where}" if on_hub else f"{where}/checkpoint_final.pth"
     otherwise = normalises_otherwise(config)
@@ -191,7 +206,7 @@ With nnU-Net's main branch (since July 2026):
 
 ```bash
 export nnssl_pretrained_models=FOLDER  # where it keeps what it downloads
-nnUNetv2_preprocess_like_nnssl -d DATASET -n {name} -pc {source} -am like_pretrained
+nnUNetv2_preprocess_like_nnssl -d DATASET -n {name} -pc {source} -am {mode}
 nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {names.trainer}
 ```{released}
 

@@ -1,16 +1,21 @@
 """Volumes made ready before the first step; what cannot be used is named and counted."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import joblib
 import numpy as np
+import pyarrow.compute as pc
 
+from data.channels import channel_number
+from data.columns import matrix
 from data.demo import demo_volume
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
 from data.prepare_folder import JOURNALS, prepare_folder
 from data.prepare_volume import Job
 from data.sources import Listing, Source, find_sources
+from data.volume import axis_order
 
 from .recipe import Recipe
 from .recipe_sections import Data
@@ -19,7 +24,7 @@ SHOWN = 20  # files left out that are named
 
 
 def preparation(data: Data) -> Preparation:
-    return Preparation(data.orientation, data.spacing, **data.rules())
+    return Preparation(data.orientation, data.spacing, **data.rules(), channels=data.channels)
 
 
 def is_prepared(folder: Path | None) -> bool:
@@ -96,7 +101,14 @@ def _say_what_there_is(manifest: Manifest, recipe: Recipe) -> None:
         )
     others = f", {len(rejected) - len(bad)} that are no images" if len(bad) < len(rejected) else ""
     print(f"data        {len(volumes)} volume{'s' * (len(volumes) > 1)}, {len(bad)} left out{others}")
-    shapes = volumes["shape"].combine_chunks().flatten().to_numpy().reshape(-1, 3)
+    if names := recipe.data.channels:
+        there = Counter(channel_number(names, modality) for modality in volumes["modality"].to_pylist())
+        counts = ", ".join(f"{there[number]} {name}" for number, name in enumerate(names))
+        print(f"channels    {counts} of {len(pc.unique(volumes['case']))} samples")
+    shapes = matrix(volumes["shape"], 3)
+    if recipe.views.coarsest_last:
+        orders = [axis_order(spacing, True) for spacing in matrix(volumes["spacing"], 3).tolist()]
+        shapes = np.take_along_axis(shapes, np.array(orders), axis=1)
     small = np.flatnonzero((shapes < recipe.views.crop_size).any(axis=1))
     if len(small):
         first = volumes["source"][int(small[0])]

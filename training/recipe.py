@@ -16,7 +16,10 @@ from models.section import Section
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
 KINDS = ("architecture", "name", "rule")  # keys that say which kind of a section it is
-TAGS = {*ARCHITECTURES, "adamw", "sgd", "box", "foreground", "window", "percentile"}  # what they may say
+TAGS = {  # what they may say, and which form a value has
+    *ARCHITECTURES,
+    *("adamw", "sgd", "box", "foreground", "window", "percentile", "numbers", "word"),
+}
 
 Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP007
 

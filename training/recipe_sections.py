@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from models.section import BelowOne, PositiveFloat, Section, Share, Size3, Weight
 
@@ -54,7 +54,12 @@ class PercentileRule(Section):
 
 class Data(Section):
     orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
-    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
+    spacing: Annotated[
+        Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Tag("numbers")]
+        | Annotated[Literal["median", "native"], Tag("word")],
+        Discriminator(lambda value: "word" if isinstance(value, str) else "numbers"),
+    ]  # mm; median: that of the data set; native: each volume keeps its own
+    channels: list[Annotated[str, Field(min_length=1)]]  # modalities that are one sample, as [T1w, FLAIR]; [] for none
     include: list[str]  # patterns of paths or names, such as "*_T1w.nii.gz"; [] for all that looks like an image
     exclude: list[str]
     draw: Literal["volumes", "subjects", "datasets"]  # which have equal chances; then one of its volumes is drawn
@@ -72,6 +77,17 @@ class Data(Section):
         if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
             raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
         return orientation
+
+    @field_validator("channels")
+    @classmethod
+    def _different(cls, channels: list[str]) -> list[str]:
+        if len({name.lower() for name in channels}) < len(channels):
+            raise ValueError(f"{channels} has one twice")
+        return channels
+
+    @property
+    def num_channels(self) -> int:
+        return max(1, len(self.channels))
 
     def rules(self) -> dict[str, dict | None]:
         """Of intensity, as plain dicts."""
@@ -110,6 +126,7 @@ class Turn(Section):
 
 class Views(Section):
     crop_size: Size3  # voxels
+    coarsest_last: bool  # the last axis of a crop lies along the coarsest axis of its volume, whichever that is
     overhang: Annotated[
         float, Field(ge=0, le=0.5)
     ]  # how far crops may reach beyond a small volume on each side, in crops

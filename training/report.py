@@ -30,7 +30,10 @@ def draw_report(
         encoder: the run's, on the CPU.
     """
     report, planes = folder.report, planes_of(facts.recipe["data"]["orientation"])
-    views = sample["views"][:, 0]
+    if facts.recipe["views"]["coarsest_last"]:  # which names of planes know nothing of
+        planes = tuple((f"across axis {axis + 1}", axis) for axis in range(3))
+    channel = int(sample["present"][0].float().argmax()) if "present" in sample else 0  # the first that is there
+    views = sample["views"][:, channel]
     records = [record for record in read_metrics(folder.metrics) if "loss" in record]
     draw_losses(records, facts.method.terms, report / "losses.png", read_held_out(folder.held_out))
     place = (torch.tensor(views.shape[1:]) - 1).expand(len(views), 3) / 2
@@ -41,7 +44,7 @@ def draw_report(
         place = centres[:, centres.shape[1] // 2]
     if "reconstructed" in sample:
         hidden = F.interpolate(sample["mask"][:1, None].float(), size=views.shape[1:])[0, 0].bool()
-        rebuilt = sample["reconstructed"][0, 0].float()
+        rebuilt = sample["reconstructed"][0, channel].float()
         draw_reconstruction(views[0], hidden, rebuilt, report / "reconstruction.png", planes)
     with torch.no_grad():
         dense = dense_features(encoder.eval(), sample["views"])

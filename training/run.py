@@ -26,7 +26,7 @@ from torch.profiler import record_function
 
 from data.split import split_by_subject
 from data.store import PreparedVolumes
-from data.stream import MicroBatches, SampleStream, make_loader, next_samples, stack_views
+from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
 
@@ -127,6 +127,7 @@ class Run:
         split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
         self.volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
         self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
+        model.student.features.encoder.config.preprocessing["spacing"] = self.volumes.spacing
         say_what_is_trained_on(self, split)
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
@@ -192,7 +193,7 @@ class Run:
         """This rank's samples of each micro-batch of a step, from the loader; counts the wait for them."""
         for _ in range(self.recipe.train.accumulate):
             asked = time.perf_counter()
-            samples = next_samples(self.loader)
+            samples = next(self.loader)
             self.waited = time.perf_counter() - asked
             self.metrics.add_unreadable(samples.pop("unreadable"))
             yield samples

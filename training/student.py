@@ -1,6 +1,6 @@
 """The student of a recipe: an encoder, and around it what a method asks for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,10 +17,12 @@ from .recipe import Recipe
 
 def preprocessing(
     orientation: str,
-    spacing: tuple[float, ...],
+    spacing: tuple[float, ...] | str,
     crop_size: tuple[int, ...],
     intensity: Mapping = BOX,
     intensity_of_ct: Mapping | None = None,
+    channels: Sequence[str] = (),
+    coarsest_last: bool = False,
 ) -> dict:
     """What must be done to a volume before the encoder sees it, in this order; goes into config.json."""
     return {
@@ -29,8 +31,10 @@ def preprocessing(
         "normalisation": normalisation(intensity, intensity_of_ct),
         "intensity": dict(intensity),
         "intensity_of_ct": intensity_of_ct and dict(intensity_of_ct),
-        "spacing": list(spacing),
-        "interpolation": "cubic; nearest along an axis more than 3 times coarser than the finest",
+        "spacing": spacing if isinstance(spacing, str) else list(spacing),
+        "interpolation": "cubic; linear along an axis more than 3 times coarser than the finest",
+        "channels": list(channels),
+        "coarsest_last": coarsest_last,
         "crop_size": list(crop_size),
         "padding_value": padding_value(intensity),
     }
@@ -43,11 +47,17 @@ def build_student(recipe: Recipe, *, reconstructs: bool, dense: bool, pooled: bo
         reconstructs, dense, pooled: whether voxels, dense and pooled features are wanted of it.
     """
     torch.manual_seed(recipe.seed)
+    data, views = recipe.data, recipe.views
     prepared_as = preprocessing(
-        recipe.data.orientation, recipe.data.spacing, recipe.views.crop_size, **recipe.data.rules()
+        data.orientation,
+        data.spacing,
+        views.crop_size,
+        **data.rules(),
+        channels=data.channels,
+        coarsest_last=views.coarsest_last,
     )
     name, sizes = recipe.model.architecture, recipe.model.encoder_arguments()
-    encoder = build_encoder(name, recipe.views.crop_size, prepared_as, **sizes)
+    encoder = build_encoder(name, views.crop_size, prepared_as, num_channels=data.num_channels, **sizes)
     wanted = {"reconstructs": reconstructs, "dense": dense, "pooled": pooled}
     student = architecture(name).student(encoder, recipe.model, recipe.mask.ratio, **wanted)
     if recipe.run.gradient_checkpointing:

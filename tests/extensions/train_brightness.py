@@ -46,7 +46,6 @@ def build_stream(volumes, recipe):
     return SampleStream(
         volumes,
         recipe.seed,
-        recipe.data.spacing,
         **recipe.views.model_dump(),
         overlap=(0.4, 0.8),
         intensity=recipe.intensity.chances(),

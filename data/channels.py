@@ -1,0 +1,43 @@
+"""Which volumes are the channels of one sample: contrasts of one session of a subject."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from .sources import LeftOut, Source
+
+
+def channel_number(channels: Sequence[str], modality: str | None) -> int | None:
+    """The place of a modality among the channels; None if it is none of them. Capitals do not matter."""
+    names = [name.lower() for name in channels]
+    return names.index(modality.lower()) if modality and modality.lower() in names else None
+
+
+def group_channels(sources: Sequence[Source], channels: Sequence[str]) -> tuple[list[tuple[Source, ...]], LeftOut]:
+    """What is prepared together: each volume alone, or with `channels` those of one subject's session.
+
+    Returns:
+        The groups, of which some may lack a channel; and what belongs to none, with the reason.
+
+    Raises:
+        ValueError: if there is no volume of one of the channels.
+    """
+    if not channels:
+        return [(source,) for source in sources], []
+    groups: dict[tuple[str, str, str], dict[int, Source]] = {}
+    left_out: LeftOut = []
+    for source in sources:
+        number = channel_number(channels, source.modality)
+        if number is None:
+            left_out.append((source.path, "its modality is not one of data.channels"))
+        elif not source.subject:
+            left_out.append((source.path, "no subject is known, by whom data.channels are put together"))
+        elif number in (group := groups.setdefault(source[1:4], {})):
+            left_out.append((source.path, f"a second one of its modality, beside {group[number].path}"))
+        else:
+            group[number] = source
+    found = {number for group in groups.values() for number in group}
+    if absent := [name for number, name in enumerate(channels) if number not in found]:
+        there = Counter(source.modality or "unknown" for source in sources if source.subject).most_common(9)
+        counts = ", ".join(f"{name} ({count})" for name, count in there) or "none whose subject is known"
+        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {counts}")
+    return [tuple(group[number] for number in sorted(group)) for group in groups.values()], left_out

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from .files import write_whole
 from .normalisation import BOX, checked_rule
 
 NAME = "manifest.parquet"
+SOURCE = "source.txt"  # beside it: the path of the raw volumes, which is not for others to know
 FORMAT = 1  # of the rows and of what the numbers in them mean
 
 SCHEMA = pa.schema(
@@ -80,7 +82,7 @@ class Manifest:
     folder: Path  # where it lies now
     table: pa.Table  # of SCHEMA, sorted by source
     preparation: Preparation
-    root: str  # of the raw volumes, when they were prepared
+    root: str  # of the raw volumes, when they were prepared; "" where SOURCE is not there
     finished: int  # files of rows, of a streamed data set
 
     @cached_property
@@ -113,8 +115,9 @@ def write_manifest(
     folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str, finished: int
 ) -> None:
     rows = sorted(rows, key=lambda row: row["source"])
-    facts = {"format": FORMAT, "root": root, "finished": finished, **asdict(preparation)}
+    facts = {"format": FORMAT, "finished": finished, **asdict(preparation)}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
+    write_whole(folder / SOURCE, lambda file: file.write_bytes(os.fsencode(root)))
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
 
 
@@ -131,7 +134,10 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
     try:
         table = pq.read_table(path, columns=None if columns is None else list(columns))
         facts = json.loads(table.schema.metadata[b"preparation"])
-        made_by, root, finished = (facts.pop(key) for key in ("format", "root", "finished"))
+        made_by, finished = facts.pop("format"), facts.pop("finished")
+        root = facts.pop("root", "")  # which manifests once had
+        if (folder / SOURCE).exists():
+            root = os.fsdecode((folder / SOURCE).read_bytes())
         if made_by == FORMAT:
             preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
             return Manifest(folder, table, preparation, root, finished)

@@ -85,6 +85,8 @@ def prepare_again(folder: Path, path: str) -> bool:
     if not (folder / NAME).exists():  # all is gone: a mount?
         return False
     manifest = read_manifest(folder)
+    if not manifest.root:
+        return False
     (row,) = manifest.table.filter(pc.equal(manifest.table["source"], path)).to_pylist()
     raw, file = Path(manifest.root) / file_of(path)[0], manifest.folder / row["file"]
     if not raw.is_file() or stamp(raw) != (row["source_bytes"], row["source_modified"]):

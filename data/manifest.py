@@ -117,8 +117,17 @@ def write_manifest(
     rows = sorted(rows, key=lambda row: row["source"])
     facts = {"format": FORMAT, "finished": finished, **asdict(preparation)}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
-    write_whole(folder / SOURCE, lambda file: file.write_bytes(os.fsencode(root)))
+    write_source(folder, root)
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
+
+
+def write_source(folder: Path, root: str) -> None:
+    write_whole(folder / SOURCE, lambda file: file.write_bytes(os.fsencode(root)))
+
+
+def read_source(folder: Path) -> str:
+    """The path of the raw volumes of a folder, or "" where it is not told."""
+    return os.fsdecode((folder / SOURCE).read_bytes()) if (folder / SOURCE).exists() else ""
 
 
 def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifest:
@@ -135,9 +144,8 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
         table = pq.read_table(path, columns=None if columns is None else list(columns))
         facts = json.loads(table.schema.metadata[b"preparation"])
         made_by, finished = facts.pop("format"), facts.pop("finished")
-        root = facts.pop("root", "")  # which manifests once had
-        if (folder / SOURCE).exists():
-            root = os.fsdecode((folder / SOURCE).read_bytes())
+        once = facts.pop("root", "")  # where manifests had it before
+        root = read_source(folder) or once
         if made_by == FORMAT:
             preparation = Preparation(**{**facts, "spacing": tuple(facts["spacing"])})
             return Manifest(folder, table, preparation, root, finished)

@@ -59,14 +59,15 @@ def bytes_at_most(path: Path, how: Preparation) -> float:
     return np.dtype(how.precision).itemsize * float(voxels) if voxels <= LARGEST_VOLUME else 0.0
 
 
-def prepare_one(source: Source, job: Job, content: bytes | None = None) -> dict[str, Any]:
+def prepare_one(source: Source, job: Job, fetch: Callable[[], bytes] | None = None) -> dict[str, Any]:
     """Prepare one volume and its labels; its row of the manifest, with the reason if it cannot be used.
 
     Args:
-        content: of the NIfTI file, if it is not one below `job.root`.
+        fetch: gets the content of the NIfTI file, if it is not one below `job.root`.
     """
     row = {"source": source.path, **{key: getattr(source, key) or None for key in Source._fields[1:5]}}
     file, number = file_of(source.path)
+    content = _patiently(fetch, source.path) if fetch else None
     known_by = (len(content), None) if content is not None else stamp(job.root / file)
     row |= dict(zip(("source_bytes", "source_modified"), known_by))
     try:

@@ -226,6 +226,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit["id"]}
         if path not in commit["files"]:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)  # the client remembers it per commit
+        if self.command == "GET" and hub.busy.get(path, 0) > 0:
+            hub.busy[path] -= 1
+            raise HubError(503, "Busy as the test asked")
         data = commit["files"][path]
         entry = describe(path, data)
         headers["ETag"] = f'"{entry["oid"]}"'
@@ -249,6 +252,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests, self.tokens, self.uploads = [], set(), []
         # After this many LFS uploads all others fail. A client tries again for 23 seconds on 500, and gives up on 507.
         self.fail_after, self.fail_status = None, 507
+        self.busy = {}  # path of a file: how many of the next times that it is asked for the answer is 503
 
     @property
     def env(self):

@@ -127,7 +127,10 @@ def _in_parallel(
         yield from shown(prepare_one(source, job, fetch) for source, fetch in todo)
         return
     with Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None) as parallel:
-        yield from shown(parallel(delayed(prepare_one)(source, job, fetch) for source, fetch in todo))
+        try:
+            yield from shown(parallel(delayed(prepare_one)(source, job, fetch) for source, fetch in todo))
+        except OSError as error:  # a worker's words, without its traceback
+            raise OSError(*error.args) from None
     get_reusable_executor(reuse=True).terminate()  # its processes would outlive a killed run by minutes
 
 

@@ -208,6 +208,17 @@ def test_a_data_set_is_prepared_once_whole_or_in_shards(hub, tmp_path, shape):
 
 
 @pytest.mark.slow
+def test_a_hub_that_stays_busy_is_one_line_and_leaves_no_volume_out(hub, tmp_path):
+    push(hub, "org/bids", bids(tmp_path / "bids"))
+    hub.busy[FLAIR] = 3
+    done = script("org/bids", "--output", tmp_path / "ready", "--workers", "2", env=os.environ | hub.env)
+    said = [line for line in done.stderr.splitlines() if line.startswith("prepare_data.py")]
+    assert (done.returncode, len(said), "Traceback" in done.stderr) == (2, 1, False)
+    assert "it is not left out: try again" in said[0]
+    assert "prepared    3 volumes" in prepare(hub, "org/bids", tmp_path / "ready").stdout
+
+
+@pytest.mark.slow
 def test_what_push_to_hub_makes_is_read(hub, tmp_path):
     run(hub, sys.executable, "-c", PUSH, table(tmp_path / "table"), "org/table")
     assert "README.md" in hub.repos["datasets/org/table"].files

@@ -1,4 +1,4 @@
-"""Data sets from a Hub of localhost."""
+"""Data sets from the Hub, and prepared folders to it and back, on a Hub of localhost."""
 
 import errno
 import json
@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
-from conftest import ROOT, blobs, prepared, save_nifti
+from conftest import BIN, ROOT, blobs, prepared, save_nifti
 from hub_server import HubServer, Repo
 from test_prepare import RAS, rows
 from test_prepare_data import script
@@ -18,6 +19,7 @@ from data.hub import HubFolder
 from data.manifest import read_manifest
 from data.prepare_volume import Job, prepare_one
 from data.sources import Source
+from data.store import PreparedVolumes
 
 READ = """
 import json, os, sys
@@ -224,3 +226,19 @@ def test_what_push_to_hub_makes_is_read(hub, tmp_path):
     assert "README.md" in hub.repos["datasets/org/table"].files
     found, _ = read(hub, "org/table")
     assert {path: words[:4] for path, words in found.items()} == ROWS
+
+
+def test_a_prepared_folder_goes_to_the_hub_and_back(hub, tmp_path, volumes):
+    """By the commands of docs/data.md."""
+    ready = prepared(volumes, tmp_path / "ready")
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    for verb, folder in (("upload", "ready"), ("download", "back")):
+        (command,) = (line.split() for line in lines if line.startswith(f"hf {verb} "))
+        words = {"hf": BIN / "hf", "ORG/NAME": "org/ready", "PREPARED": tmp_path / folder}
+        run(hub, *(words.get(word, word) for word in command))
+    published = hub.repos["datasets/org/ready"].files
+    assert "source.txt" not in published
+    assert not any(os.fsencode(volumes) in content for content in published.values())
+    back = PreparedVolumes(read_manifest(tmp_path / "back"))
+    assert (back.manifest.root, back.manifest.fingerprint()) == ("", ready.manifest.fingerprint())
+    assert all(np.array_equal(back[number][:, :, :], ready[number][:, :, :]) for number in range(3))

@@ -5,8 +5,8 @@
 
 SOURCE is a folder of .nii or .nii.gz files in any layout (BIDS, FOMO, Decathlon and nnU-Net are read as such), nnssl's
 pretrain_data.json, or a table (.csv, .tsv) with a column `path` and, if known, `subject`, `session`, `modality`,
-`dataset`, `label`; or a data set of the Hugging Face Hub with a column of type Nifti, ORG/NAME[@REVISION], which is
-streamed. Masks, derivatives and localizers are left out; data.include and data.exclude choose further:
+`dataset`, `label`; or a data set of the Hugging Face Hub, ORG/NAME[@REVISION], of such files or with a column of type
+Nifti, which is streamed. Masks, derivatives and localizers are left out; data.include and data.exclude choose further:
 
     python prepare_data.py SOURCE --output PREPARED 'data.include=["*_T1w.nii.gz"]'
 
@@ -28,7 +28,7 @@ from pathlib import Path
 import joblib
 import psutil
 
-from data.hub import HubDataset, is_streamed
+from data.hub import is_streamed, open_dataset
 from data.manifest import read_manifest
 from data.preparation_report import write_preparation_report
 from data.prepare_folder import MEMORY, prepare_folder, prepare_streamed
@@ -71,14 +71,14 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def prepare_streamed_source(arguments: argparse.Namespace, numbers: Data, workers: int) -> int:
-    """How many files of rows are left to others."""
+    """How many parts are left to others."""
     asked = [f"--{key}" for key in ("labels", "verify", "modality", "split_series") if getattr(arguments, key)]
     asked += [f"data.{key}" for key in ("include", "exclude") if getattr(numbers, key)]
     if asked:
         raise ValueError(f"{', '.join(asked).replace('_', '-')}: only for files, not for a streamed data set")
-    dataset = HubDataset(arguments.source)
-    print(f"found       {len(dataset)} files of rows in {arguments.source}")
-    job = Job(arguments.output, dataset.name, preparation(numbers), arguments.packed)
+    dataset = open_dataset(arguments.source)
+    print(f"found       {dataset.found} in {arguments.source}")
+    job = Job(arguments.output, dataset.root, preparation(numbers), arguments.packed)
     return prepare_streamed(dataset, job, workers, arguments.shard)
 
 

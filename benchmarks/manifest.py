@@ -52,7 +52,7 @@ def write_large(folder: Path, count: int) -> None:
         **{key: [value] * count for key, value in lists.items()},
     }
     table = pa.table({f.name: pa.array(columns.get(f.name, [None] * count), f.type) for f in SCHEMA})
-    facts = {"format": FORMAT, "root": "/data", "finished": 0, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
+    facts = {"format": FORMAT, "finished": 0, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
     pq.write_table(table.replace_schema_metadata({"preparation": json.dumps(facts)}), folder / NAME)
 
 

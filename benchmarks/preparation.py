@@ -4,7 +4,7 @@
     python benchmarks/preparation.py --repeats 5 --volumes FILE.nii.gz FILE.nii.gz
 
 Volumes: the MNI152 template, a head of 256 x 256 x 176 with slices of 1.2 mm, and a CT of 512 x 512 x 300 of 0.8 mm in
-slices of 1.5 mm; the two are smooth noise with grain. All to 1 mm. Ours is `prepare_one`: reading, box, z-score, cubic
+slices of 1.5 mm; the two are smooth noise with grain. All to 1 mm. Ours is `prepare_case`: reading, box, z-score, cubic
 splines, statistics, checksum, half precision, writing. Theirs, without writing: SimpleITK, and `crop_to_nonzero`,
 `ZScoreNormalization` and `resample_data_or_seg_to_shape` of nnU-Net (scikit-image), whose preprocessing nnssl shares.
 Each on one core, in a process of its own; memory is the highest of the process beyond its imports. The difference is
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.demo import demo_volume
 from data.manifest import Preparation
-from data.prepare_volume import Job, prepare_one
+from data.prepare_volume import Job, prepare_case
 from data.sources import Source
 
 SPACING = (1.0, 1.0, 1.0)
@@ -44,7 +44,7 @@ def synthetic(path: Path, shape: tuple[int, ...], spacing: tuple[float, ...], sc
 
 
 def ours(path: Path, folder: Path) -> np.ndarray:
-    row = prepare_one(Source(path.name), Job(folder, path.parent, Preparation("RAS", SPACING)))
+    (row,) = prepare_case([Source(path.name)], Job(folder, path.parent, Preparation("RAS", SPACING)))
     return folder / row["file"]
 
 

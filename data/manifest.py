@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from .normalisation import BOX, checked_rule
 
 NAME = "manifest.parquet"
 MEDIAN = "median"  # spacing of the data set's
+SOURCE = "source.txt"  # beside it: the path of the raw volumes, which is not for others to know
 FORMAT = 2  # of the rows and of what the numbers in them mean
 
 SCHEMA = pa.schema(
@@ -89,7 +91,7 @@ class Manifest:
     folder: Path  # where it lies now
     table: pa.Table  # of SCHEMA, sorted by source
     preparation: Preparation
-    root: str  # of the raw volumes, when they were prepared
+    root: str  # of the raw volumes, when they were prepared; "" where SOURCE is not there
     finished: int  # files of rows, of a streamed data set
 
     @cached_property
@@ -122,9 +124,19 @@ def write_manifest(
     folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str, finished: int
 ) -> None:
     rows = sorted(rows, key=lambda row: row["source"])
-    facts = {"format": FORMAT, "root": root, "finished": finished, **asdict(preparation)}
+    facts = {"format": FORMAT, "finished": finished, **asdict(preparation)}
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
+    write_source(folder, root)
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
+
+
+def write_source(folder: Path, root: str) -> None:
+    write_whole(folder / SOURCE, lambda file: file.write_bytes(os.fsencode(root)))
+
+
+def read_source(folder: Path) -> str:
+    """The path of the raw volumes of a folder, or "" where it is not told."""
+    return os.fsdecode((folder / SOURCE).read_bytes()) if (folder / SOURCE).exists() else ""
 
 
 def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifest:
@@ -140,9 +152,9 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
     try:
         table = pq.read_table(path, columns=None if columns is None else list(columns))
         facts = json.loads(table.schema.metadata[b"preparation"])
-        made_by, root, finished = (facts.pop(key) for key in ("format", "root", "finished"))
+        made_by, finished = facts.pop("format"), facts.pop("finished")
         if made_by == FORMAT:
-            return Manifest(folder, table, Preparation(**facts), root, finished)
+            return Manifest(folder, table, Preparation(**facts), read_source(folder), finished)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

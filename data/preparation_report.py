@@ -40,6 +40,8 @@ def write_preparation_report(manifest: Manifest) -> Path:
 
 def _page(manifest: Manifest, rows: pa.Table, copies: Copies, unreadable: dict[str, str]) -> str:
     how, source = manifest.preparation, rows["source"]
+    raw = Path(manifest.root)
+    origin = raw.name if raw.is_absolute() else manifest.root  # the page may be published
     subjects = manifest.subjects[1]
     session = codes(pc.fill_null(rows["session"], ""))
     small = int((matrix(rows["shape"], 3) < SMALL).any(axis=1).sum())
@@ -57,7 +59,7 @@ def _page(manifest: Manifest, rows: pa.Table, copies: Copies, unreadable: dict[s
     }
     lines = [
         "# What was prepared",
-        f"From {_code(manifest.root)}: axes {how.orientation}, voxels of {mm} mm, {how.precision}.",
+        f"From {_code(origin)}: axes {how.orientation}, voxels of {mm} mm, {how.precision}.",
         _table(("", "count"), facts.items()),
     ]
     if (manifest.folder / FOLDER / "volumes.png").exists() and len(rows):

@@ -5,7 +5,7 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from .channels import group_channels
 from .files import write_whole
-from .manifest import MEDIAN, NAME, Preparation, read_manifest, write_manifest
+from .manifest import MEDIAN, NAME, Preparation, read_manifest, read_source, write_manifest, write_source
 from .median_spacing import median_spacing
 from .prepare_volume import Job, bytes_at_most, case_of, prepare_case, stamp
 from .series import file_of
 from .sources import Listing, Source
 
 if TYPE_CHECKING:
-    from .hub import HubDataset  # imports pandas, and much else
+    from .hub import HubDataset, HubFolder  # imports pandas, and much else
 
 JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and the manifest is written
 MEMORY = 4e9  # bytes that a process needs for a CT of 512 x 512 x 600 voxels
@@ -72,11 +72,11 @@ def prepare_folder(
     return 0
 
 
-def prepare_streamed(dataset: "HubDataset", job: Job, workers: int, shard: tuple[int, int] = (0, 1)) -> int:
-    """The same of a streamed data set; the files of its rows are dealt to the shards.
+def prepare_streamed(dataset: "HubDataset | HubFolder", job: Job, workers: int, shard: tuple[int, int] = (0, 1)) -> int:
+    """The same of a streamed data set; its parts are dealt to the shards.
 
     Returns:
-        How many files of rows others still have to prepare.
+        How many parts others still have to prepare.
     """
     if job.preparation.spacing == MEDIAN:
         raise ValueError(
@@ -85,19 +85,21 @@ def prepare_streamed(dataset: "HubDataset", job: Job, workers: int, shard: tuple
     job.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(job.folder / ".lock"):
         record, (first, shards) = _on_record(job), shard
+        if (other := read_source(job.folder)) not in ("", job.root):  # its rows may have the same names
+            raise ValueError(f"{job.folder} holds volumes of {other}: choose another folder")
+        write_source(job.folder, str(job.root))
     with _Journal(job) as journal:
-        for number in set(range(first, len(dataset), shards)) - record.finished:
-            new = (
-                ((source,), (content,)) for source, content in dataset.read(number) if source.path not in record.rows
-            )
+        for number in dataset.left(record.rows, record.finished) & set(range(first, len(dataset), shards)):
+            new = (((source,), (fetch,)) for source, fetch in dataset.read(number) if source.path not in record.rows)
             for rows in _in_parallel(new, job, workers):
                 journal.write(*rows)
             journal.write({"finished": number})
     with FileLock(job.folder / ".lock"):
         record = _on_record(job)
-        if left := len(set(range(len(dataset))) - record.finished):
+        if left := len(dataset.left(record.rows, record.finished)):
             return left
-        _complete(job, list(record.rows.values()), finished=len(dataset))
+        rows = record.rows | {path: _rejected(path, reason) for path, reason in dataset.left_out}
+        _complete(job, list(rows.values()), finished=len(dataset))
     return 0
 
 
@@ -142,7 +144,7 @@ def _check_room(todo: list[Source], job: Job) -> None:
 
 
 def _in_parallel(
-    todo: Iterable[tuple[tuple[Source, ...], tuple[bytes, ...] | None]],
+    todo: Iterable[tuple[tuple[Source, ...], tuple[Callable[[], bytes], ...] | None]],
     job: Job,
     workers: int,
     total: int | None = None,
@@ -152,10 +154,13 @@ def _in_parallel(
     unit = "sample" if job.preparation.channels else "file"
     shown = partial(tqdm, total=total, desc="preparing volumes", unit=unit, disable=total is not None and total < 8)
     if workers == 1:
-        yield from shown(prepare_case(sources, job, contents) for sources, contents in todo)
+        yield from shown(prepare_case(sources, job, fetches) for sources, fetches in todo)
         return
     with Parallel(n_jobs=workers, return_as="generator_unordered", max_nbytes=None) as parallel:
-        yield from shown(parallel(delayed(prepare_case)(sources, job, contents) for sources, contents in todo))
+        try:
+            yield from shown(parallel(delayed(prepare_case)(sources, job, fetches) for sources, fetches in todo))
+        except OSError as error:  # a worker's words, without its traceback
+            raise OSError(*error.args) from None
     get_reusable_executor(reuse=True).terminate()  # its processes would outlive a killed run by minutes
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,16 +81,19 @@ def bytes_at_most(path: Path, spacing: tuple[float, float, float] | str, precisi
     return np.dtype(precision).itemsize * voxels if voxels <= LARGEST_VOLUME else 0.0
 
 
-def prepare_case(sources: Sequence[Source], job: Job, contents: Sequence[bytes] | None = None) -> list[dict[str, Any]]:
+def prepare_case(
+    sources: Sequence[Source], job: Job, fetches: Sequence[Callable[[], bytes]] | None = None
+) -> list[dict[str, Any]]:
     """Prepare a volume, or the channels of a sample on one grid, and their labels.
 
     Args:
-        contents: of the NIfTI files, if they are not those below `job.root`.
+        fetches: get the contents of the NIfTI files, if they are not those below `job.root`.
 
     Returns:
         Their rows of the manifest; with the reason, where one cannot be used.
     """
-    rows = [_row(source, job, content) for source, content in zip(sources, contents or [None] * len(sources))]
+    contents = [fetch and _patiently(fetch, source.path) for source, fetch in zip(sources, fetches or repeat(None))]
+    rows = [_row(source, job, content) for source, content in zip(sources, contents)]
     case = case_of(rows) if job.preparation.channels else None
     rules = job.preparation.intensity, job.preparation.intensity_of_ct
     images: dict[int, Image] = {}
@@ -97,7 +101,7 @@ def prepare_case(sources: Sequence[Source], job: Job, contents: Sequence[bytes] 
     for number, source in enumerate(sources):
         rows[number]["case"] = case
         try:
-            image = _read(source, job, contents and contents[number])
+            image = _read(source, job, contents[number])
             first = images[min(images)] if images else image
             if image.shape != first.shape or not np.allclose(image.affine, first.affine, atol=1e-2):
                 other = sources[min(images)].path
@@ -137,6 +141,8 @@ def prepare_again(folder: Path, path: str) -> bool:
     if not (folder / NAME).exists():  # all is gone: a mount?
         return False
     manifest = read_manifest(folder)
+    if not manifest.root:
+        return False
     (row,) = manifest.table.filter(pc.equal(manifest.table["source"], path)).to_pylist()
     file = manifest.folder / row["file"]
     if file.exists() and file.stat().st_size >= row["bytes"]:

@@ -100,7 +100,7 @@ def _in_index(index: Path, labels: Path | None) -> tuple[list[Source], LeftOut]:
     found, left_out = [], []
     rows = {row["path"]: row for row in reversed(read_index(index, labels))}  # of a path listed twice, the first
     for path, row in rows.items():
-        if not _is_nifti(path):
+        if not is_nifti(path):
             left_out.append((path, "not a .nii or .nii.gz file"))
         elif not os.path.isfile(index.parent / path):
             left_out.append((path, "no such file"))
@@ -117,7 +117,7 @@ def _in_folder(root: Path, labels: Path | None) -> tuple[list[Source], LeftOut]:
     beside = f"{below(root, os.path.abspath(labels))}/" if labels else None
     kept = []
     for path in paths:
-        if reason := _left_out_by_name(path):
+        if reason := left_out_by_name(path):
             left_out.append((path, reason))
         elif beside and path.startswith(beside):
             left_out.append((path, "in the labels' folder"))
@@ -126,7 +126,7 @@ def _in_folder(root: Path, labels: Path | None) -> tuple[list[Source], LeftOut]:
         else:
             kept.append(path)
     dataset = os.path.basename(os.path.abspath(root))
-    return _of_decathlon(kept, root, dataset) if decathlon else [_of_tree(path, dataset) for path in kept], left_out
+    return _of_decathlon(kept, root, dataset) if decathlon else [of_tree(path, dataset) for path in kept], left_out
 
 
 def _walk(root: Path) -> tuple[list[str], LeftOut]:
@@ -156,14 +156,15 @@ def _walk(root: Path) -> tuple[list[str], LeftOut]:
                 if entry.name != ".git":  # git-annex keeps there what the links elsewhere name
                     folders.append((path, above | {here}))
             elif link and not os.path.exists(entry.path):
-                if _is_nifti(path) or "." not in entry.name:  # the latter may have been a folder
+                if is_nifti(path) or "." not in entry.name:  # the latter may have been a folder
                     unseen.append((path, "a broken link"))
-            elif _is_nifti(path) and (link or entry.is_file()):
+            elif is_nifti(path) and (link or entry.is_file()):
                 files.append(path)
     return files, unseen
 
 
-def _left_out_by_name(path: str) -> str | None:
+def left_out_by_name(path: str) -> str | None:
+    """Why a file of a folder of any layout is no volume to train on, if its path tells so."""
     *folders, name = path.split("/")
     if any(part.startswith(".") for part in (*folders, name)):
         return "hidden, by the dot before its name or a folder's"
@@ -192,7 +193,8 @@ def _of_decathlon(paths: list[str], root: Path, dataset: str) -> list[Source]:
     ]
 
 
-def _of_tree(path: str, dataset: str) -> Source:
+def of_tree(path: str, dataset: str) -> Source:
+    """What a path of a BIDS or FOMO tree tells; of another, no more than the data set given."""
     *folders, name = path.split("/")
     entities = _stem(name).split("_")
     subject = _entity(folders, "sub") or _entity(entities, "sub")
@@ -236,7 +238,8 @@ def _is_utf8(name: str) -> bool:
     return not re.search("[\udc80-\udcff]", name)
 
 
-def _is_nifti(path: str) -> bool:
+def is_nifti(path: str) -> bool:
+    """By its name."""
     return path.lower().endswith((".nii", ".nii.gz"))
 
 

@@ -1,8 +1,9 @@
-"""A minimal Hugging Face Hub on localhost: model repositories with one branch, all state in memory.
+"""A minimal Hugging Face Hub on localhost: models and data sets with one branch each, all state in memory.
 
 with HubServer(tmp_path) as hub:
     subprocess.run([...], env=os.environ | hub.env, check=True)
     assert hub.repos["org/name"].files["config.json"]
+    assert hub.repos["datasets/org/name"].files["manifest.parquet"]
 """
 
 import base64
@@ -12,10 +13,12 @@ import secrets
 import threading
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npy", ".npz")
-REPO, API = r"/(?P<repo>[^/]+/[^/]+)", r"/api/models/(?P<repo>[^/]+/[^/]+)"
+LFS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npy", ".npz", ".parquet", ".gz")
+REPO = r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)"  # a data set is known by its path on the site, as a model is
+API = r"/api(?:/models|(?=/datasets/))" + REPO
 ROUTES = [  # method, path, method of the handler
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_card"),
@@ -66,7 +69,12 @@ def is_lfs(path, size):
 
 
 def describe(path, data):
-    """A file as listings have it: "oid" is git's, and an LFS file has its sha256 besides."""
+    """A file, or a folder, which has no data, as listings have it.
+
+    "oid" is git's, and an LFS file has its sha256 besides.
+    """
+    if data is None:
+        return {"type": "directory", "path": path, "size": 0, "oid": sha1(path.encode()).hexdigest()}
     entry = {"type": "file", "path": path, "size": len(data), "oid": sha1(b"blob %d\0" % len(data) + data).hexdigest()}
     lfs = {"oid": sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return {**entry, "lfs": lfs} if is_lfs(path, len(data)) else entry
@@ -125,10 +133,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self, hub):
         wanted = json.loads(self.body)
-        name = f"{wanted['organization'] or hub.user}/{wanted['name']}"
-        reply = {"url": f"{hub.url}/{name}", "name": name}
+        folder = "datasets/" if wanted.get("type") == "dataset" else ""
+        name = f"{folder}{wanted['organization'] or hub.user}/{wanted['name']}"
+        reply = {"url": f"{hub.url}/{name}", "name": name.removeprefix("datasets/")}
         if name in hub.repos:
-            return 409, {}, {**reply, "error": "You already created this model repo"}
+            return 409, {}, {**reply, "error": "You already created this repo"}
         hub.repos[name] = Repo(name, wanted.get("visibility") == "private")
         return reply
 
@@ -142,13 +151,14 @@ class Handler(BaseHTTPRequestHandler):
         return {"id": repo.name, "private": repo.private, "sha": commit["id"], "tags": [], "siblings": siblings}
 
     def tree(self, hub, repo, revision, folder):
-        """Files only: no client here wants the folders among them."""
         prefix = f"{folder}/" if folder else ""
-        files = [(path, data) for path, data in sorted(repo.at(revision)["files"].items()) if path.startswith(prefix)]
-        if folder and not files:
+        inside = {path: data for path, data in repo.at(revision)["files"].items() if path.startswith(prefix)}
+        if folder and not inside:
             raise HubError(404, f"{folder} does not exist", "EntryNotFound")
-        deep = "recursive=true" in self.query
-        return [describe(path, data) for path, data in files if deep or "/" not in path.removeprefix(prefix)]
+        folders = {f"{parent}" for path in inside for parent in PurePosixPath(path).parents}
+        below = sorted(path for path in inside.keys() | folders if path.startswith(prefix) and path != ".")
+        deep = "recursive=true" in self.query.lower()
+        return [describe(path, inside.get(path)) for path in below if deep or "/" not in path.removeprefix(prefix)]
 
     def commits(self, hub, repo, revision):
         found = repo.commits[repo.commits.index(repo.at(revision)) :: -1]
@@ -216,6 +226,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit["id"]}
         if path not in commit["files"]:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)  # the client remembers it per commit
+        if self.command == "GET" and hub.busy.get(path, 0) > 0:
+            hub.busy[path] -= 1
+            raise HubError(503, "Busy as the test asked")
         data = commit["files"][path]
         entry = describe(path, data)
         headers["ETag"] = f'"{entry["oid"]}"'
@@ -239,6 +252,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests, self.tokens, self.uploads = [], set(), []
         # After this many LFS uploads all others fail. A client tries again for 23 seconds on 500, and gives up on 507.
         self.fail_after, self.fail_status = None, 507
+        self.busy = {}  # path of a file: how many of the next times that it is asked for the answer is 503
 
     @property
     def env(self):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,16 @@ def test_a_damaged_file_is_prepared_again_from_its_source(tmp_path, volumes, dam
         path.write_bytes(content)
     assert np.array_equal(ready.read(2, lambda volume: volume[:, :, :]), expected)
     assert np.array_equal(ready[2][:, :, :], expected)
+
+
+def test_only_source_txt_names_the_folder_of_the_raw_volumes_and_may_be_missing(tmp_path, volumes):
+    ready = prepared(volumes, tmp_path / "ready")
+    (tmp_path / "ready" / "source.txt").unlink()
+    for file in filter(Path.is_file, (tmp_path / "ready").rglob("*")):
+        assert os.fsencode(volumes) not in file.read_bytes()
+    ready.path(1).unlink()
+    with pytest.raises(UnreadableVolume, match="No such file"):
+        ready.read(1, lambda volume: volume)
 
 
 def test_a_sample_of_an_unreadable_volume_is_always_the_same_other_one(tmp_path, volumes):

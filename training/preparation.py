@@ -75,7 +75,7 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
         assert not left
     manifest = read_manifest(folder, FOR_RUNS)
     raw = data.absolute() if data and not is_prepared(data) else None
-    if resumes and raw and Path(manifest.root) not in (raw, raw.parent):  # the latter of an index
+    if resumes and raw and manifest.root and Path(manifest.root) not in (raw, raw.parent):  # the latter of an index
         print(f"resume      on the volumes that {folder} has of {manifest.root}; --data {data} is not looked at")
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(

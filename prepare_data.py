@@ -28,13 +28,13 @@ from pathlib import Path
 import joblib
 import psutil
 
-from data.hub import is_streamed, open_dataset
+from data.hub import open_dataset
 from data.manifest import read_manifest
 from data.preparation_report import write_preparation_report
 from data.prepare_folder import MEMORY, prepare_folder, prepare_streamed
 from data.prepare_volume import Job
 from data.series import split_series
-from data.sources import find_sources
+from data.sources import find_sources, is_streamed
 from training.command_line import run as run_script
 from training.preparation import is_prepared, preparation
 from training.recipe import load_data_section

@@ -1,9 +1,13 @@
 """Volumes of Hugging Face data sets, streamed: a volume is on the disk when it is prepared."""
 
 import errno
+import hashlib
+import json
 import re
-from collections.abc import Callable, Container, Iterator
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,35 +16,33 @@ import fsspec
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from .sources import LeftOut, Source, is_nifti, left_out_by_name, of_tree
 
 COLUMNS = ("dataset", "subject", "session", "modality")
 PART = 256  # files that a shard takes at once
 HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")  # data set, commit, path
+READING = ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=2**20, pre_buffer=False)
 
 datasets.disable_progress_bars()
 disable_progress_bars()
 
-
-def is_streamed(source: str) -> bool:
-    """Whether a source is no file and no folder of NIfTI files: a name on the Hub, or a folder of parquet files."""
-    if Path(source).exists():
-        return any(any(Path(source).glob(place)) for place in ("*.parquet", "data/*.parquet"))
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None
+Streamed = Iterator[tuple[Source, Callable[[], bytes]]]  # volumes, and what gets the content of each
 
 
-def open_dataset(name: str) -> "HubDataset | HubFolder":
+def open_dataset(name: str, fewest: int = 0) -> "HubDataset | HubFolder":
     """A data set of the Hub as a folder of NIfTI files, if it is nothing else; else as rows.
 
     Args:
         name: `ORG/NAME`, `ORG/NAME@REVISION`, or a folder of parquet files.
+        fewest: parts that are wanted, as far as it can be cut into so many.
 
     Raises:
         ValueError: if there is no such data set, or no volumes in it.
     """
     if Path(name).exists():
-        return HubDataset(name)
+        return HubDataset(name, fewest)
     place, _, revision = name.partition("@")
     try:
         commit = HfApi().dataset_info(place, revision=revision or None).sha
@@ -51,7 +53,7 @@ def open_dataset(name: str) -> "HubDataset | HubFolder":
         raise ValueError(f"{name}: the Hub does not list it ({_first_line(error)})") from error
     has_rows = any(re.search(r"\.parquet$|(^|/)metadata\.(csv|jsonl)$", file) for file in files)
     volumes = [file for file in files if is_nifti(file)]
-    return HubFolder(name, commit, volumes) if volumes and not has_rows else HubDataset(name)
+    return HubFolder(name, commit, volumes, fewest) if volumes and not has_rows else HubDataset(name, fewest)
 
 
 class HubFolder:
@@ -61,13 +63,15 @@ class HubFolder:
     where a path has `test` in it.
     """
 
-    def __init__(self, name: str, commit: str, files: list[str]):
+    def __init__(self, name: str, commit: str, files: list[str], fewest: int = 0):
         self.root, self.name = name, name.partition("@")[0]
-        self.place = f"hf://datasets/{self.name}@{commit}"
+        self.location = f"hf://datasets/{self.name}@{commit}"
         self.left_out: LeftOut = [(file, why) for file in files if (why := left_out_by_name(file))]
         kept = sorted(set(files) - {file for file, _ in self.left_out})
-        self.parts = [kept[start : start + PART] for start in range(0, len(kept), PART)]
+        size = max(1, min(PART, len(kept) // max(1, fewest)))
+        self.parts = [kept[start : start + size] for start in range(0, len(kept), size)]
         self.found = f"{len(kept)} volumes, {len(self.left_out)} files left out by name,"
+        self.fingerprint = _hash([self.location, kept])
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -76,10 +80,16 @@ class HubFolder:
         """The parts of which not all files have a row; the list may have grown since parts were finished."""
         return {number for number, part in enumerate(self.parts) if any(path not in rows for path in part)}
 
-    def read(self, number: int) -> Iterator[tuple[Source, Callable[[], bytes]]]:
-        """The volumes of a part, what their paths tell, and what downloads each."""
-        for path in self.parts[number]:
-            yield of_tree(path, self.name), partial(_download, f"{self.place}/{path}")
+    def place(self, number: int, row: int) -> str:
+        return self.parts[number][row]
+
+    def read(self, number: int, wanted: Sequence[int] = range(sys.maxsize)) -> Streamed:
+        """The volumes of a part and what their paths tell; `wanted` as of `HubDataset.read`."""
+        for row in wanted:
+            if row >= len(self.parts[number]):
+                return
+            path = self.parts[number][row]
+            yield of_tree(path, self.name), partial(_download, f"{self.location}/{path}")
 
 
 class HubDataset:
@@ -87,19 +97,26 @@ class HubDataset:
 
     Args:
         name: `ORG/NAME`, `ORG/NAME@REVISION`, or a folder of parquet files.
+        fewest: files of rows that are wanted; if there are fewer, each group of rows of a parquet file counts as one.
 
     Raises:
         ValueError: if there is no such data set, or no column of volumes in it.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, fewest: int = 0):
         folder = Path(name).absolute() if Path(name).exists() else None
         place, _, revision = (str(folder), "", "") if folder else name.partition("@")
         try:
-            splits = datasets.load_dataset(place, streaming=True, revision=revision or None)
+            builder = datasets.load_dataset_builder(place, revision=revision or None)
+            if hasattr(builder.config, "fragment_scan_options"):  # of parquet: half the memory of a file that is read
+                builder.config.fragment_scan_options = READING
+            splits = builder.as_streaming_dataset()
+            if sum(rows.num_shards for rows in splits.values()) < fewest:
+                splits = {split: rows.reshard() for split, rows in splits.items()}
         except Exception as error:  # of the Hub, of the network, of the data set's own files
             raise ValueError(f"{name}: no data set can be read ({_first_line(error)})") from error
         self.root, self.name = (place, folder.name) if folder else (name, place)
+        self.fingerprint = _hash(_files_of(builder.config.data_files or {}))
         self.left_out: LeftOut = []
         self.files = []  # split, data set, number of a file in it
         for split, rows in splits.items():
@@ -119,19 +136,35 @@ class HubDataset:
         """The files of rows that are not finished."""
         return set(range(len(self))) - finished
 
-    def read(self, number: int, skip: int = 0) -> Iterator[tuple[Source, Callable[[], bytes]]]:
-        """The volumes of a file of rows, what other columns or else their paths tell of them, and what fetches each."""
-        split, rows, shard = self.files[number]
-        rows = rows.shard(rows.num_shards, shard)
+    def place(self, number: int, row: int) -> str:
+        """Where a row is: in which split, in which file of it."""
+        split, _, shard = self.files[number]
+        return f"{split}/{shard:05}/{row:06}"
+
+    def read(self, number: int, wanted: Sequence[int] = range(sys.maxsize)) -> Streamed:
+        """The volumes of a file of rows, and what other columns or else their paths tell of them.
+
+        Args:
+            wanted: numbers of rows, increasing, at least one.
+        """
+        _, rows, shard = self.files[number]
         words = {key: kind.int2str for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
-        for index, row in enumerate(rows.skip(skip) if skip else rows, start=skip):
+        rows = rows.shard(rows.num_shards, shard).skip(wanted[0]).iter(1)  # iter: loaders' processes do not share it
+        left = iter(wanted)
+        following = next(left)
+        for index, row in zip(count(wanted[0]), rows):
+            if index != following:
+                continue
+            row = {key: value for key, (value,) in row.items()}
             stored = row.pop(self.column)
             path = (stored["path"] or "volume").split("::")[-1]
             told = {key: words.get(key, str)(row[key]) for key in COLUMNS if row.get(key) is not None}
             source = of_tree(HUB_FILE.sub(r"\3", path), "")
-            name = f"{split}/{shard:05}/{index:06}/{Path(path).name}"
+            name = f"{self.place(number, index)}/{Path(path).name}"
             fetch = partial(_download, path) if stored["bytes"] is None else partial(bytes, stored["bytes"])
             yield source._replace(**{"dataset": self.name, **told, "path": name}), fetch
+            if (following := next(left, None)) is None:
+                return
 
 
 def _download(url: str) -> bytes:
@@ -149,6 +182,18 @@ def _download(url: str) -> bytes:
             return Path(file).read_bytes()
     except Exception as error:  # also those of the client's connections, which are no OSErrors
         raise OSError(errno.EIO, _first_line(error)) from None
+
+
+def _files_of(files: Mapping[str, Sequence[str]]) -> list:
+    """Those of a data set: on the Hub they have their revision in their names, others a size."""
+    return [
+        [str(split), [(Path(file).name, Path(file).stat().st_size) if Path(file).exists() else file for file in of]]
+        for split, of in files.items()
+    ]
+
+
+def _hash(facts: list) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

@@ -42,6 +42,13 @@ class Listing(NamedTuple):
     left_out: LeftOut  # sorted
 
 
+def is_streamed(source: str) -> bool:
+    """Whether a source is no file and no folder of NIfTI files: a name on the Hub, or a folder of parquet files."""
+    if Path(source).exists():
+        return any(any(Path(source).glob(place)) for place in ("*.parquet", "data/*.parquet"))
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None
+
+
 def find_sources(
     source: Path, include: Sequence[str] = (), exclude: Sequence[str] = (), labels: Path | None = None
 ) -> Listing:

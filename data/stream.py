@@ -230,11 +230,11 @@ def make_loader(stream: SampleStream, batches: MicroBatches, workers: int, pin_m
         pin_memory=pin_memory,
         prefetch_factor=PREFETCHED if workers else None,
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the model's generator
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
     )
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
+def leave_signals_to_the_trainer(_: int) -> None:
     """Schedulers signal every process of a run; the trainer still needs its loaders to end the step and save."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

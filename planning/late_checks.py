@@ -14,6 +14,7 @@ import torch
 from data.manifest import MEDIAN, read_manifest
 from data.median_spacing import median_spacing
 from data.prepare_volume import bytes_at_most, read_header
+from data.sources import is_streamed
 from data.stream import PREFETCHED
 from training.checkpoints import KEEP, complete_checkpoints
 from training.launch import Launch
@@ -39,7 +40,7 @@ def check_late_failures(launch: Launch, recipe: Recipe, weights: list[Weight], m
         paths, missing = [], str(error)
     checks: list[Callable[[], str]] = [
         lambda: check_batch(recipe, launch.ranks),
-        lambda: _fail(missing) if missing else check_data(paths, recipe) if paths else check_prepared(launch, recipe),
+        lambda: _fail(missing) if missing else check_data(paths, recipe) if paths else check_source(launch, recipe),
         lambda: check_writable(launch.folder.path, "--output"),
         lambda: check_writable(launch.prepared, "--prepared"),
         lambda: check_disk(launch, paths, recipe, checkpoint_bytes(weights, recipe)),
@@ -68,14 +69,19 @@ def check_batch(recipe: Recipe, ranks: int) -> str:
 
 
 def _raw_volumes(launch: Launch, recipe: Recipe) -> list[Path]:
-    """Those that the run would have to prepare: none of a prepared folder."""
-    if is_prepared(launch.data):
+    """Those that the run would have to prepare: none of a prepared folder, nor of a data set of the Hub."""
+    if is_prepared(launch.data) or (launch.data is not None and is_streamed(str(launch.data))):
         return []
     listing = list_data(launch.data, recipe.data)
     return [listing.root / source.path for source in listing.sources]
 
 
-def check_prepared(launch: Launch, recipe: Recipe) -> str:
+def check_source(launch: Launch, recipe: Recipe) -> str:
+    """Of a data set of the Hub, or a prepared folder."""
+    if not is_prepared(launch.data):
+        from data.hub import open_dataset  # imports pandas, and much else
+
+        return f"{open_dataset(str(launch.data)).found} in {launch.data}"
     manifest = read_manifest(launch.data)
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(f"{launch.data} was prepared otherwise than the recipe says: {'; '.join(other)}")

@@ -34,6 +34,7 @@ def check(tmp_path, capsys):
             RunFolder(tmp_path / "run"),
             tmp_path / "run" / "prepared",
             tmp_path / "data",
+            streams=False,
             data_description=None,
             init_from=None,
             token_order=None,

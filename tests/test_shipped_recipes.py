@@ -58,6 +58,7 @@ PUBLISHED = {  # of both networks: methods and trainers of the paper and its cod
         "draw": "volumes",
         "leave_out": [],
         "validation_share": 0.01,
+        "streaming": {"rounds": 8, "buffer": 4, "samples_per_volume": 4},
         "intensity": {"rule": "box"},
         "max_bad_share": 0.05,
     },

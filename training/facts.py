@@ -38,7 +38,7 @@ class RunFacts:
     method: Method
     recipe: dict  # resolved
     data: str  # fingerprint of the files
-    volumes: int  # trained on
+    volumes: int | None  # trained on; None where that is not known: they are streamed
     validation_subjects: int  # kept for validation
     ranks: int
     engine: str

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from data.sources import is_streamed
+
 from .guards import end_at_once_if_asked
 from .preparation import is_prepared
 from .recipe import Recipe
 from .run_folder import RunFolder, choose_folder
 from .strategy import Strategy, read_strategy
+from .streamed_data import check_streams
 
 DEMO_VOLUME = "the MNI152 T1 template that nilearn ships"
 
@@ -26,8 +29,10 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     add(
         "--data",
         type=Path,
-        help="volumes: a folder or an index that prepare_data.py reads, or what it made of one (default: MNI152 T1)",
+        help="volumes: a folder, an index or a data set of the Hub that prepare_data.py reads, or what it made of one "
+        "(default: MNI152 T1)",
     )
+    add("--stream", action="store_true", help="read a data set of the Hub while training, without a copy on this disk")
     add("--data-description", metavar="TEXT", help="what these volumes are, for the model card")
     add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
     add("--prepared", type=Path, help="where to prepare raw volumes, to share it (default: OUTPUT/prepared)")
@@ -56,6 +61,7 @@ class Launch:
     folder: RunFolder
     prepared: Path
     data: Path | None  # None: the demo's volume
+    streams: bool  # data is read while training
     data_description: str | None
     init_from: str | None
     token_order: str | None
@@ -77,6 +83,12 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
     ranks = arguments.ranks if arguments.dry_run and arguments.ranks else launched
     strategy = read_strategy(arguments.config)
     folder = choose_folder(arguments.output, recipe, resume=bool(arguments.resume))
+    if arguments.stream:
+        if arguments.data is None or not is_streamed(str(arguments.data)):
+            raise ValueError(
+                "--stream: --data must be a data set of the Hub, ORG/NAME, or a folder of its parquet files"
+            )
+        check_streams(recipe)
     if not arguments.dry_run:  # which tells it in its own way
         recipe.check_ranks(ranks)
         if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
@@ -86,7 +98,8 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
                 f"run.log_gradients needs whole weights on each rank, which {strategy.source} does not give"
             )
         has_volumes = arguments.resume and is_prepared(arguments.prepared or folder.prepared)
-        if arguments.data and not arguments.data.exists() and not has_volumes:
+        named = arguments.data is None or arguments.data.exists() or is_streamed(str(arguments.data))
+        if not named and not has_volumes:
             raise ValueError(f"--data {arguments.data}: no such folder or file")
         if first:
             _say_what_is_default(recipe, bool(arguments.recipe), bool(arguments.data))
@@ -95,6 +108,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         folder,
         arguments.prepared or folder.prepared,
         arguments.data,
+        arguments.stream,
         arguments.data_description or (None if arguments.data else DEMO_VOLUME),
         arguments.init_from,
         arguments.init_token_order,

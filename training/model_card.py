@@ -139,7 +139,7 @@ def _training(facts: dict) -> str:
     recipe = facts.get("recipe")
     if not isinstance(recipe, dict):
         return "## Training\n\nNothing is known of it: the encoder came without its record."
-    volumes = facts.get("volumes", "an unknown number of")
+    volumes = facts.get("volumes") or "an unknown number of"
     described = facts.get("data_description")
     seen = f"{volumes} volume{'s' if volumes != 1 else ''}" + (f" ({described})" if described else "")
     if kept := facts.get("validation_subjects"):

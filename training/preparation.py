@@ -12,9 +12,9 @@ from data.channels import channel_number
 from data.columns import matrix
 from data.demo import demo_volume
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
-from data.prepare_folder import JOURNALS, prepare_folder
+from data.prepare_folder import JOURNALS, prepare_folder, prepare_streamed
 from data.prepare_volume import Job
-from data.sources import Listing, Source, find_sources
+from data.sources import Listing, Source, find_sources, is_streamed
 from data.volume import axis_order
 
 from .recipe import Recipe
@@ -70,11 +70,9 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
     if is_prepared(data):
         folder = data
     elif not (resumes and is_prepared(folder)):
-        job = Job(folder, (listing := list_data(data, recipe.data)).root, preparation(recipe.data))
-        left = prepare_folder(listing, job, joblib.cpu_count())
-        assert not left
+        _prepare(data, folder, recipe)
     manifest = read_manifest(folder, FOR_RUNS)
-    raw = data.absolute() if data and not is_prepared(data) else None
+    raw = None if data is None or is_prepared(data) or is_streamed(str(data)) else data.absolute()
     if resumes and raw and manifest.root and Path(manifest.root) not in (raw, raw.parent):  # the latter of an index
         print(f"resume      on the volumes that {folder} has of {manifest.root}; --data {data} is not looked at")
     if other := manifest.preparation.differences(preparation(recipe.data)):
@@ -84,6 +82,19 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
         )
     _say_what_there_is(manifest, recipe)
     return folder
+
+
+def _prepare(data: Path | None, folder: Path, recipe: Recipe) -> None:
+    how, workers = preparation(recipe.data), joblib.cpu_count()
+    if data is not None and is_streamed(str(data)):
+        from data.hub import open_dataset  # imports pandas, and much else
+
+        dataset = open_dataset(str(data))
+        left = prepare_streamed(dataset, Job(folder, dataset.root, how), workers)
+    else:
+        listing = list_data(data, recipe.data)
+        left = prepare_folder(listing, Job(folder, listing.root, how), workers)
+    assert not left
 
 
 def _say_what_there_is(manifest: Manifest, recipe: Recipe) -> None:

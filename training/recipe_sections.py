@@ -52,6 +52,14 @@ class PercentileRule(Section):
         return self
 
 
+class Streaming(Section):
+    """Of a data set that is streamed into the run (--stream), see data/lanes.py; else nothing reads these."""
+
+    rounds: PositiveInt  # of micro-batches, each with lanes of its own; a multiple of run.workers
+    buffer: PositiveInt  # volumes that a lane keeps in memory and draws from
+    samples_per_volume: PositiveInt  # then the next is read
+
+
 class Data(Section):
     orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
     spacing: Annotated[
@@ -69,6 +77,7 @@ class Data(Section):
     intensity_of_ct: Annotated[
         BoxRule | ForegroundRule | WindowRule | PercentileRule | None, Field(discriminator="rule")
     ]  # null: as all others
+    streaming: Streaming
     max_bad_share: Share  # more unusable files, or of the last 1,000 samples, than this stop the run
 
     @field_validator("orientation")

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,6 @@ from accelerate import DistributedType
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from data.split import split_by_subject
-from data.store import PreparedVolumes
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
@@ -39,8 +36,8 @@ from .heartbeat import start_heartbeat
 from .launch import Launch
 from .metrics import Metrics
 from .optimizer import build_optimizer
-from .preparation import open_manifest, prepare_data
 from .recipe import Recipe, flatten
+from .run_data import open_data
 from .runtime import (
     compile_blocks,
     describe_engine,
@@ -53,7 +50,7 @@ from .runtime import (
 )
 from .schedules import learning_rate
 from .state import pieces, random_state, set_random_state, set_updates_made, torch_optimizer, updates_made
-from .summary import say_what_came_of_it, say_what_is_trained_on
+from .summary import say_what_came_of_it
 
 Results = Callable[[int], None]  # writes what the run gives away after so many steps; called on all ranks
 
@@ -122,22 +119,16 @@ class Run:
         if recipe.run.compile:
             compile_blocks(model, launch.strategy)
 
-        prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
-        manifest = open_manifest(from_main_rank(self.group, prepare))
-        split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
-        self.volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
-        self.validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
-        model.student.features.encoder.config.preprocessing["spacing"] = self.volumes.spacing
-        say_what_is_trained_on(self, split)
+        self.data = open_data(launch, recipe, self.group, self.print)
+        self.volumes, self.streamed = self.data.volumes, self.data.streamed
+        model.student.features.encoder.config.preprocessing["spacing"] = self.data.spacing
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
         self.facts = RunFacts(
             method,
             numbers,
-            data=manifest.fingerprint(),
-            volumes=len(self.volumes),
-            validation_subjects=split.subjects[1],
+            **self.data.facts,
             ranks=self.ranks,
             engine=engine,
             init_from=init_from,
@@ -165,7 +156,8 @@ class Run:
         steps, accumulate = recipe.train.steps, recipe.train.accumulate
         batches = MicroBatches(self.first_step, steps, recipe.train.batch_size, accumulate, self.rank, self.ranks)
         self.share = batches.share
-        self.loader = iter(make_loader(stream, batches, recipe.run.workers, pin_memory=self.device.type == "cuda"))
+        loader = self.streamed.loader if self.streamed else make_loader
+        self.loader = iter(loader(stream, batches, recipe.run.workers, pin_memory=self.device.type == "cuda"))
         flops = self.cost.flops * self.ranks * accumulate
         self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks, self.group)
         self.metrics.load(own)
@@ -195,6 +187,8 @@ class Run:
             asked = time.perf_counter()
             samples = next(self.loader)
             self.waited = time.perf_counter() - asked
+            if self.streamed:
+                self.streamed.note(samples.pop("lanes"))
             self.metrics.add_unreadable(samples.pop("unreadable"))
             yield samples
 
@@ -261,11 +255,13 @@ class Run:
         Samples of the subjects kept for validation, if any; else new samples of the volumes trained on.
         """
         stream = copy.copy(self.stream)
-        stream.volumes = self.validation or self.volumes
+        stream.volumes = self.data.validation or self.volumes
         first = self.recipe.train.steps * self.recipe.train.batch_size + self.rank * self.share
         for number in range(self.recipe.run.held_out_batches):
             start = first + number * self.ranks * self.share
-            samples = stack_views([stream[start + i] for i in range(self.share)])
+            numbers = range(start, start + self.share)
+            made = self.streamed.held_out(start) if self.streamed else (stream[number] for number in numbers)
+            samples = stack_views(list(made))
             samples.pop("unreadable")
             yield samples
 
@@ -313,6 +309,8 @@ class Run:
             raise ValueError(
                 f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
             )
+        if self.streamed:
+            self.streamed.go_on_from(saved["lanes"])
         own = load(path, state, self.rank, self.ranks)
         set_updates_made(self.optimizer, saved["updates"])
         self.first_step = saved["step"]
@@ -327,6 +325,8 @@ class Run:
     def _save(self, step: int) -> None:
         skipped = self.guard.skipped, self.guard.in_a_row
         facts = asdict(self.facts) | {"updates": updates_made(self.optimizer), "skipped": skipped}
+        if self.streamed:
+            facts["lanes"] = self.streamed.whole_state(self.group)
         own = {**random_state(self.device), **self.metrics.state()}
         self.writer.save(step, pieces(self.accelerator, self.wrapped, self.optimizer), own, facts)
         self.guard.saved()

@@ -1,9 +1,11 @@
 """What a run says of its data before it starts, and of what came of it at the end."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from data.split import FEWEST, Split
+from data.store import PreparedVolumes
 
 from .metrics import read_held_out, read_metrics
 
@@ -11,14 +13,14 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def say_what_is_trained_on(run: "Run", split: Split) -> None:
+def say_what_is_trained_on(split: Split, volumes: PreparedVolumes, say: Callable[[str], None]) -> None:
     training, validation, left_out = split.subjects
     kept = f"{validation} kept for validation" if validation else "none kept for validation"
     why = "" if validation or training >= FEWEST else f" (of fewer than {FEWEST}): held out are other crops of these"
     out = f", {left_out} left out by data.leave_out" if left_out else ""
-    run.print(f"subjects    {training} trained on{out}, {kept}{why}")
-    if run.volumes.several_subjects:
-        run.print("            volumes of one subject are no negatives of each other")
+    say(f"subjects    {training} trained on{out}, {kept}{why}")
+    if volumes.several_subjects:
+        say("            volumes of one subject are no negatives of each other")
 
 
 def say_what_came_of_it(run: "Run") -> None:

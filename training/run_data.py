@@ -1,0 +1,58 @@
+"""What a run trains on: volumes of a manifest, prepared first where they are not, or a data set that is streamed."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from data.split import split_by_subject
+from data.store import PreparedVolumes
+
+from .launch import Launch
+from .preparation import open_manifest, prepare_data
+from .recipe import Recipe
+from .runtime import from_main_rank
+from .streamed_data import StreamedData, lanes_of
+from .summary import say_what_is_trained_on
+
+
+class RunData(NamedTuple):
+    volumes: Sequence  # for the script's stream; [None] where streamed, since lanes choose among theirs
+    validation: PreparedVolumes | None
+    streamed: StreamedData | None
+    spacing: tuple[float, ...] | list[float] | str  # mm of a voxel, or "native"
+    facts: dict  # for RunFacts
+
+
+def open_data(
+    launch: Launch, recipe: Recipe, group: torch.distributed.ProcessGroup, say: Callable[[str], None]
+) -> RunData:
+    """Prepare what is not, and keep some for validation; all ranks take part.
+
+    Raises:
+        ValueError, OSError: if there is nothing to train on.
+    """
+    if launch.streams:
+        return _open_stream(launch, recipe, group, say)
+    prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
+    manifest = open_manifest(from_main_rank(group, prepare))
+    split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
+    volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
+    validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
+    say_what_is_trained_on(split, volumes, say)
+    facts = {"data": manifest.fingerprint(), "volumes": len(volumes), "validation_subjects": split.subjects[1]}
+    return RunData(volumes, validation, None, volumes.spacing, facts)
+
+
+def _open_stream(
+    launch: Launch, recipe: Recipe, group: torch.distributed.ProcessGroup, say: Callable[[str], None]
+) -> RunData:
+    from data.hub import open_dataset  # imports pandas, and much else
+
+    dataset = from_main_rank(group, lambda: open_dataset(str(launch.data), lanes_of(recipe)))
+    streamed = StreamedData(dataset, recipe, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    say(f"stream      {streamed.words()}")
+    say("            none are kept for validation: held out are other crops of the first volumes")
+    facts = {"data": streamed.fingerprint(), "volumes": None, "validation_subjects": 0}
+    return RunData([None], None, streamed, recipe.data.spacing, facts)

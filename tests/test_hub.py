@@ -10,7 +10,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from conftest import BIN, ROOT, blobs, prepared, save_nifti
+from conftest import BIN, ROOT, TINY, blobs, config, prepared, save_nifti
 from hub_server import HubServer, Repo
 from test_prepare import RAS, rows
 from test_prepare_data import script
@@ -226,6 +226,24 @@ def test_what_push_to_hub_makes_is_read(hub, tmp_path):
     assert "README.md" in hub.repos["datasets/org/table"].files
     found, _ = read(hub, "org/table")
     assert {path: words[:4] for path, words in found.items()} == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["prepared", "streamed"])
+@pytest.mark.parametrize("shape", ["files", "rows"])
+def test_a_data_set_is_trained_on(hub, tmp_path, shape, how):
+    """By its name alone: once it is prepared, or while it is read."""
+    push(hub, "org/data", {"files": bids, "rows": table}[shape](tmp_path / "folder"))
+    numbers = [*TINY, "train.steps=2", "data.streaming={rounds: 1, buffer: 2, samples_per_volume: 2}"]
+    arguments = ["--data", "org/data", "--output", tmp_path / "run", *(["--stream"] if how == "streamed" else [])]
+    command = [sys.executable, ROOT / "train_cva.py", "--config", config("ddp"), *arguments, *numbers]
+    checked = run(hub, *command, "--dry-run").stdout
+    assert {"files": "3 volumes, 1 files left out by name", "rows": "2 files of rows"}[shape] in checked
+    done = run(hub, *command)
+    assert (tmp_path / "run" / "prepared").exists() == (how == "prepared")
+    assert ("data        3 volumes" in done.stdout) == (how == "prepared")
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").exists()
+    assert "resume      " in run(hub, *command, "--resume", "auto").stdout
 
 
 def test_a_prepared_folder_goes_to_the_hub_and_back(hub, tmp_path, volumes):

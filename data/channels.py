@@ -23,6 +23,17 @@ def group_channels(sources: Sequence[Source], channels: Sequence[str]) -> tuple[
     """
     if not channels:
         return [(source,) for source in sources], []
+    groups, left_out = grouped(sources, channels)
+    found = {channel_number(channels, source.modality) for group in groups for source in group}
+    if absent := [name for number, name in enumerate(channels) if number not in found]:
+        there = Counter(source.modality or "unknown" for source in sources if source.subject).most_common(9)
+        counts = ", ".join(f"{name} ({count})" for name, count in there) or "none whose subject is known"
+        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {counts}")
+    return groups, left_out
+
+
+def grouped(sources: Sequence[Source], channels: Sequence[str]) -> tuple[list[tuple[Source, ...]], LeftOut]:
+    """The same, of a part of the data."""
     groups: dict[tuple[str, str, str], dict[int, Source]] = {}
     left_out: LeftOut = []
     for source in sources:
@@ -35,9 +46,4 @@ def group_channels(sources: Sequence[Source], channels: Sequence[str]) -> tuple[
             left_out.append((source.path, f"a second one of its modality, beside {group[number].path}"))
         else:
             group[number] = source
-    found = {number for group in groups.values() for number in group}
-    if absent := [name for number, name in enumerate(channels) if number not in found]:
-        there = Counter(source.modality or "unknown" for source in sources if source.subject).most_common(9)
-        counts = ", ".join(f"{name} ({count})" for name, count in there) or "none whose subject is known"
-        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {counts}")
     return [tuple(group[number] for number in sorted(group)) for group in groups.values()], left_out

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,13 +63,19 @@ class HubFolder:
     where a path has `test` in it.
     """
 
+    volumes_a_row = 1
+
     def __init__(self, name: str, commit: str, files: list[str], fewest: int = 0):
         self.root, self.name = name, name.partition("@")[0]
         self.location = f"hf://datasets/{self.name}@{commit}"
         self.left_out: LeftOut = [(file, why) for file in files if (why := left_out_by_name(file))]
         kept = sorted(set(files) - {file for file, _ in self.left_out})
         size = max(1, min(PART, len(kept) // max(1, fewest)))
-        self.parts = [kept[start : start + size] for start in range(0, len(kept), size)]
+        self.parts: list[list[str]] = []
+        for _, session in groupby(kept, key=lambda path: of_tree(path, self.name)[1:4] if not fewest else path):
+            if not self.parts or len(self.parts[-1]) >= size:
+                self.parts.append([])
+            self.parts[-1].extend(session)
         self.found = f"{len(kept)} volumes, {len(self.left_out)} files left out by name,"
         self.fingerprint = _hash([self.location, kept])
 
@@ -118,12 +124,12 @@ class HubDataset:
         self.root, self.name = (place, folder.name) if folder else (name, place)
         self.fingerprint = _hash(_files_of(builder.config.data_files or {}))
         self.left_out: LeftOut = []
+        self.volumes_a_row = 1
         self.files = []  # split, data set, number of a file in it
         for split, rows in splits.items():
-            columns = [c for c, feature in (rows.features or {}).items() if isinstance(feature, datasets.Nifti)]
-            if len(columns) != 1:
-                raise ValueError(f"{name}: {len(columns)} columns of type Nifti in its split {split}; one is needed")
-            self.column = columns[0]
+            if not _columns(rows):
+                raise ValueError(f"{name}: no column of type Nifti in its split {split}")
+            self.volumes_a_row = max(self.volumes_a_row, len(_columns(rows)))
             rows = rows.decode(False)
             self.files += [(split, rows, number) for number in range(rows.num_shards)]
         self.found = f"{len(self.files)} files of rows"
@@ -144,10 +150,13 @@ class HubDataset:
     def read(self, number: int, wanted: Sequence[int] = range(sys.maxsize)) -> Streamed:
         """The volumes of a file of rows, and what other columns or else their paths tell of them.
 
+        Columns with several volumes in a row are modalities of one subject.
+
         Args:
             wanted: numbers of rows, increasing, at least one.
         """
         _, rows, shard = self.files[number]
+        columns = _columns(rows)
         words = {key: kind.int2str for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
         rows = rows.shard(rows.num_shards, shard).skip(wanted[0]).iter(1)  # iter: loaders' processes do not share it
         left = iter(wanted)
@@ -156,15 +165,25 @@ class HubDataset:
             if index != following:
                 continue
             row = {key: value for key, (value,) in row.items()}
-            stored = row.pop(self.column)
-            path = (stored["path"] or "volume").split("::")[-1]
             told = {key: words.get(key, str)(row[key]) for key in COLUMNS if row.get(key) is not None}
-            source = of_tree(HUB_FILE.sub(r"\3", path), "")
-            name = f"{self.place(number, index)}/{Path(path).name}"
-            fetch = partial(_download, path) if stored["bytes"] is None else partial(bytes, stored["bytes"])
-            yield source._replace(**{"dataset": self.name, **told, "path": name}), fetch
+            place = self.place(number, index)
+            for column in columns:
+                if (stored := row[column]) is None:
+                    continue
+                path = (stored["path"] or "volume").split("::")[-1]
+                source = of_tree(HUB_FILE.sub(r"\3", path), "")
+                known = {"dataset": self.name, **told, "path": f"{place}/{Path(path).name}"}
+                if len(columns) > 1:
+                    name = f"{place}/{column}/{Path(path).name}"
+                    known |= {"subject": told.get("subject", place), "modality": column, "path": name}
+                fetch = partial(_download, path) if stored["bytes"] is None else partial(bytes, stored["bytes"])
+                yield source._replace(**known), fetch
             if (following := next(left, None)) is None:
                 return
+
+
+def _columns(rows: datasets.IterableDataset) -> list[str]:
+    return [column for column, feature in (rows.features or {}).items() if isinstance(feature, datasets.Nifti)]
 
 
 def _download(url: str) -> bytes:

@@ -5,9 +5,10 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
@@ -15,17 +16,18 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
-from .channels import group_channels
+from .channels import group_channels, grouped
 from .files import write_whole
 from .manifest import MEDIAN, NAME, Preparation, read_manifest, read_source, write_manifest, write_source
 from .median_spacing import median_spacing
 from .prepare_volume import Job, bytes_at_most, case_of, prepare_case, stamp
 from .series import file_of
-from .sources import Listing, Source
+from .sources import LeftOut, Listing, Source
 
 if TYPE_CHECKING:
     from .hub import HubDataset, HubFolder  # imports pandas, and much else
 
+Fetch = Callable[[], bytes]  # gets the content of a volume
 JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and the manifest is written
 MEMORY = 4e9  # bytes that a process needs for a CT of 512 x 512 x 600 voxels
 
@@ -90,10 +92,10 @@ def prepare_streamed(dataset: "HubDataset | HubFolder", job: Job, workers: int, 
         write_source(job.folder, str(job.root))
     with _Journal(job) as journal:
         for number in dataset.left(record.rows, record.finished) & set(range(first, len(dataset), shards)):
-            new = (((source,), (fetch,)) for source, fetch in dataset.read(number) if source.path not in record.rows)
-            for rows in _in_parallel(new, job, workers):
+            left_out: LeftOut = []
+            for rows in _in_parallel(_new_cases(dataset.read(number), record.rows, job, left_out), job, workers):
                 journal.write(*rows)
-            journal.write({"finished": number})
+            journal.write(*(_rejected(*file) for file in left_out), {"finished": number})
     with FileLock(job.folder / ".lock"):
         record = _on_record(job)
         if left := len(dataset.left(record.rows, record.finished)):
@@ -101,6 +103,25 @@ def prepare_streamed(dataset: "HubDataset | HubFolder", job: Job, workers: int, 
         rows = record.rows | {path: _rejected(path, reason) for path, reason in dataset.left_out}
         _complete(job, list(rows.values()), finished=len(dataset))
     return 0
+
+
+def _new_cases(
+    volumes: Iterable[tuple[Source, Fetch]], known: Container[str], job: Job, left_out: LeftOut
+) -> Iterator[tuple[tuple[Source, ...], tuple[Fetch, ...]]]:
+    """What is prepared together of volumes that come one after the other, those of a session in a row.
+
+    Args:
+        left_out: takes what belongs to no sample.
+    """
+    channels = job.preparation.channels
+    sessions = groupby(volumes, key=lambda volume: volume[0][1:4]) if channels else ((None, [v]) for v in volumes)
+    for _, session in sessions:
+        fetches = dict(session)
+        cases, others = grouped([*fetches], channels) if channels else ([tuple(fetches)], [])
+        left_out.extend(others)
+        for case in cases:
+            if any(source.path not in known for source in case):
+                yield case, tuple(fetches[source] for source in case)
 
 
 def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
@@ -144,7 +165,7 @@ def _check_room(todo: list[Source], job: Job) -> None:
 
 
 def _in_parallel(
-    todo: Iterable[tuple[tuple[Source, ...], tuple[Callable[[], bytes], ...] | None]],
+    todo: Iterable[tuple[tuple[Source, ...], tuple[Fetch, ...] | None]],
     job: Job,
     workers: int,
     total: int | None = None,

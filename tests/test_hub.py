@@ -15,8 +15,9 @@ from hub_server import HubServer, Repo
 from test_prepare import RAS, rows
 from test_prepare_data import script
 
-from data.hub import HubFolder
-from data.manifest import read_manifest
+from data.hub import HubFolder, open_dataset
+from data.manifest import Preparation, read_manifest
+from data.prepare_folder import prepare_streamed
 from data.prepare_volume import Job, prepare_case
 from data.sources import Source
 from data.store import PreparedVolumes
@@ -46,6 +47,14 @@ ROWS = {  # of the one that `table` makes
     "train/00000/000001/sub-y_T2w.nii.gz": ("org/table", "y", "a", "T2w"),
     "train/00001/000000/sub-z_T2w.nii.gz": ("org/table", "8", "b", "T1w"),
 }
+
+
+MM = (1.0, 1.0, 1.0)
+CHANNELS = {"alone": (), "together": ("FLAIR", "T1w")}
+PLACES = [
+    *("000000/FLAIR/01.nii.gz", "000000/T1w/00.nii.gz", "000001/FLAIR/11.nii.gz", "000001/T1w/10.nii.gz"),
+    "000002/T1w/20.nii.gz",
+]
 
 
 @pytest.fixture
@@ -153,6 +162,37 @@ def test_rows_are_told_apart_by_their_columns_else_their_paths(hub, tmp_path):
     assert [words[4] for words in found.values()] == [
         (tmp_path / path.rpartition("/")[2]).stat().st_size for path in ROWS
     ]
+
+
+def test_columns_of_volumes_are_modalities_of_one_subject(tmp_path):
+    """Also as the channels of one sample, of which one may be missing."""
+    features = datasets.Features({"T1w": datasets.Nifti(), "FLAIR": datasets.Nifti(), "age": datasets.Value("int64")})
+    table = []
+    for row in range(3):
+        files = [save_nifti(tmp_path / f"{row}{n}.nii.gz", blobs(row) * (n + 1) + n) for n in range(2)]
+        scans = [{"path": file.name, "bytes": file.read_bytes()} for file in files]
+        table.append({"T1w": scans[0], "FLAIR": scans[1] if row < 2 else None, "age": 40})
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_list(table, features).to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    dataset = open_dataset(str(tmp_path / "rows"))
+    assert dataset.volumes_a_row == 2
+    alone, together = (Job(tmp_path / n, dataset.root, Preparation("RAS", MM, channels=c)) for n, c in CHANNELS.items())
+    for job in (alone, together):
+        assert prepare_streamed(dataset, job, workers=2) == 0
+    found = rows(tmp_path / "alone")
+    assert sorted(found) == [f"train/00000/{place}" for place in PLACES]
+    assert {row["subject"] for row in found.values()} == {f"train/00000/{row:06}" for row in range(3)}
+    assert {row["modality"] for row in found.values()} == {"T1w", "FLAIR"}
+    volumes = PreparedVolumes(read_manifest(tmp_path / "together"))
+    assert [volume.present.tolist() for volume in volumes] == [[True, True], [True, True], [False, True]]
+    assert prepare_streamed(dataset, together, workers=1) == 0
+
+
+def test_files_of_a_session_are_in_one_part():
+    files = [f"sub-{n:03}/anat/sub-{n:03}_{m}.nii.gz" for n in range(200) for m in ("FLAIR", "T1w", "T2w")]
+    parts = HubFolder("org/data", "0" * 40, files).parts
+    assert sorted(file for part in parts for file in part) == files
+    assert [len(part) for part in parts] == [258, 258, 84]
 
 
 def test_files_that_a_table_names_are_rows(hub, tmp_path):

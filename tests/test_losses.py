@@ -264,6 +264,7 @@ def test_each_crop_faces_the_other_view_of_its_volume():
         "target": torch.zeros(6, 1, 32, 32, 32),
         "points": (torch.rand(1, 9, 8, 3) * 31).expand(6, -1, -1, -1),
         "inside": torch.ones(6, 9, dtype=torch.bool),
+        "present": torch.ones(6, 1, dtype=torch.bool),
         "pair": torch.arange(3).repeat(2),
         "group": torch.arange(3).repeat(2),
         "student_dense": dense,

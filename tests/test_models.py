@@ -73,6 +73,7 @@ def batch(volumes=3, crop_size=(32, 16, 48), block=8, seed=0, mask_ratio=0.75):
         "mask": (order < int(mask_ratio * blocks)).view(-1, *grid),
         "points": torch.rand(2 * volumes, 8, 8, 3, generator=generator) * (torch.tensor(crop_size) - 1),
         "inside": (torch.rand(volumes, 8, generator=generator) < 0.8).repeat(2, 1),
+        "present": torch.ones(2 * volumes, 1, dtype=torch.bool),
         "pair": torch.arange(volumes).repeat(2) + 40,
         "group": torch.arange(volumes).repeat(2) + 40,
     }

@@ -51,6 +51,8 @@ def _open_stream(
     from data.hub import open_dataset  # imports pandas, and much else
 
     dataset = from_main_rank(group, lambda: open_dataset(str(launch.data), lanes_of(recipe)))
+    if dataset.volumes_a_row > 1:
+        raise ValueError(f"--stream: {launch.data} has several volumes a row: run prepare_data.py on it first")
     streamed = StreamedData(dataset, recipe, torch.distributed.get_rank(), torch.distributed.get_world_size())
     say(f"stream      {streamed.words()}")
     say("            none are kept for validation: held out are other crops of the first volumes")

@@ -73,10 +73,9 @@ def _shard(text: str) -> tuple[int, int]:
 def prepare_streamed_source(arguments: argparse.Namespace, numbers: Data, workers: int) -> int:
     """How many parts are left to others."""
     asked = [f"--{key}" for key in ("labels", "verify", "modality", "split_series") if getattr(arguments, key)]
-    asked += [f"data.{key}" for key in ("include", "exclude") if getattr(numbers, key)]
     if asked:
         raise ValueError(f"{', '.join(asked).replace('_', '-')}: only for files, not for a streamed data set")
-    dataset = open_dataset(arguments.source)
+    dataset = open_dataset(arguments.source, numbers.include, numbers.exclude)
     print(f"found       {dataset.found} in {arguments.source}")
     job = Job(arguments.output, dataset.root, preparation(numbers), arguments.packed)
     return prepare_streamed(dataset, job, workers, arguments.shard)

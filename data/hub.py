@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from .sources import LeftOut, Source, is_nifti, left_out_by_name, of_tree
+from .sources import LeftOut, Source, choose, is_nifti, left_out_by_name, of_tree
 
 COLUMNS = ("dataset", "subject", "session", "modality")
 PART = 256  # files that a shard takes at once
@@ -31,18 +31,21 @@ disable_progress_bars()
 Streamed = Iterator[tuple[Source, Callable[[], bytes]]]  # volumes, and what gets the content of each
 
 
-def open_dataset(name: str, fewest: int = 0) -> "HubDataset | HubFolder":
+def open_dataset(
+    name: str, include: Sequence[str] = (), exclude: Sequence[str] = (), fewest: int = 0
+) -> "HubDataset | HubFolder":
     """A data set of the Hub as a folder of NIfTI files, if it is nothing else; else as rows.
 
     Args:
         name: `ORG/NAME`, `ORG/NAME@REVISION`, or a folder of parquet files.
+        include, exclude: of files, see `find_sources`.
         fewest: parts that are wanted, as far as it can be cut into so many.
 
     Raises:
-        ValueError: if there is no such data set, or no volumes in it.
+        ValueError: if there is no such data set, no volumes in it, or there are rows where files are to be chosen.
     """
     if Path(name).exists():
-        return HubDataset(name, fewest)
+        return _as_rows(name, include, exclude, fewest)
     place, _, revision = name.partition("@")
     try:
         commit = HfApi().dataset_info(place, revision=revision or None).sha
@@ -53,7 +56,15 @@ def open_dataset(name: str, fewest: int = 0) -> "HubDataset | HubFolder":
         raise ValueError(f"{name}: the Hub does not list it ({_first_line(error)})") from error
     has_rows = any(re.search(r"\.parquet$|(^|/)metadata\.(csv|jsonl)$", file) for file in files)
     volumes = [file for file in files if is_nifti(file)]
-    return HubFolder(name, commit, volumes, fewest) if volumes and not has_rows else HubDataset(name, fewest)
+    if has_rows or not volumes:
+        return _as_rows(name, include, exclude, fewest)
+    return HubFolder(name, commit, volumes, include, exclude, fewest)
+
+
+def _as_rows(name: str, include: Sequence[str], exclude: Sequence[str], fewest: int) -> "HubDataset":
+    if include or exclude:
+        raise ValueError(f"{name} has rows, not files: leave data.include and data.exclude empty")
+    return HubDataset(name, fewest)
 
 
 class HubFolder:
@@ -65,18 +76,28 @@ class HubFolder:
 
     volumes_a_row = 1
 
-    def __init__(self, name: str, commit: str, files: list[str], fewest: int = 0):
+    def __init__(
+        self,
+        name: str,
+        commit: str,
+        files: list[str],
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        fewest: int = 0,
+    ):
         self.root, self.name = name, name.partition("@")[0]
         self.location = f"hf://datasets/{self.name}@{commit}"
-        self.left_out: LeftOut = [(file, why) for file in files if (why := left_out_by_name(file))]
-        kept = sorted(set(files) - {file for file, _ in self.left_out})
+        by_name: LeftOut = [(file, why) for file in files if (why := left_out_by_name(file))]
+        found = [of_tree(file, self.name) for file in sorted(set(files) - {file for file, _ in by_name})]
+        chosen, self.left_out = choose(found, by_name, include, exclude, name)
+        kept = [source.path for source in chosen]
         size = max(1, min(PART, len(kept) // max(1, fewest)))
         self.parts: list[list[str]] = []
         for _, session in groupby(kept, key=lambda path: of_tree(path, self.name)[1:4] if not fewest else path):
             if not self.parts or len(self.parts[-1]) >= size:
                 self.parts.append([])
             self.parts[-1].extend(session)
-        self.found = f"{len(kept)} volumes, {len(self.left_out)} files left out by name,"
+        self.found = f"{len(kept)} volumes, {len(self.left_out)} files left out,"
         self.fingerprint = _hash([self.location, kept])
 
     def __len__(self) -> int:

@@ -79,13 +79,29 @@ def find_sources(
         raise ValueError(f"{labels}: no such folder of labels")
     root, index = (source, source / NNSSL_INDEX) if source.is_dir() else (source.parent, source)
     found, left_out = _in_index(index, labels) if index.exists() else _in_folder(root, labels)
-    paths = [path for path, *_ in (*found, *left_out)]
-    if not paths:
+    if not found and not left_out:
         raise ValueError(f"{source}: no .nii or .nii.gz file in it or below it; convert DICOM with dcm2niix first")
+    sources, left_out = choose(found, left_out, include, exclude, str(source))
+    if labels:
+        sources = _with_labels(sources, labels)
+        if not any(one.label for one in sources):
+            raise ValueError(f"{labels}: no file has the name of a volume of {source}; is it the folder of its labels?")
+    return Listing(root, sorted(sources), sorted(left_out))
+
+
+def choose(
+    found: Sequence[Source], left_out: LeftOut, include: Sequence[str], exclude: Sequence[str], where: str
+) -> tuple[list[Source], LeftOut]:
+    """Leave out what `include` and `exclude` say, too.
+
+    Raises:
+        ValueError: if a pattern of `include` fits nothing, or nothing is left.
+    """
+    paths = [path for path, *_ in (*found, *left_out)]
     for pattern in include:
         if not any(_matches(path, [pattern]) for path in paths):
-            raise ValueError(f"data.include {pattern!r} matches none of the {len(paths)} files of {source}")
-    sources = []
+            raise ValueError(f"data.include {pattern!r} matches none of the {len(paths)} files of {where}")
+    sources, left_out = [], [*left_out]
     for one in found:
         if include and not _matches(one.path, include):
             left_out.append((one.path, "not in data.include"))
@@ -95,12 +111,8 @@ def find_sources(
             sources.append(one)
     if not sources:
         reason, count = Counter(reason for _, reason in left_out).most_common(1)[0]
-        raise ValueError(f"{source}: all of the {len(left_out)} files found are left out, {count} of them: {reason}")
-    if labels:
-        sources = _with_labels(sources, labels)
-        if not any(one.label for one in sources):
-            raise ValueError(f"{labels}: no file has the name of a volume of {source}; is it the folder of its labels?")
-    return Listing(root, sorted(sources), sorted(left_out))
+        raise ValueError(f"{where}: all of the {len(left_out)} files found are left out, {count} of them: {reason}")
+    return sources, left_out
 
 
 def _in_index(index: Path, labels: Path | None) -> tuple[list[Source], LeftOut]:

@@ -81,7 +81,7 @@ def check_source(launch: Launch, recipe: Recipe) -> str:
     if not is_prepared(launch.data):
         from data.hub import open_dataset  # imports pandas, and much else
 
-        return f"{open_dataset(str(launch.data)).found} in {launch.data}"
+        return f"{open_dataset(str(launch.data), recipe.data.include, recipe.data.exclude).found} in {launch.data}"
     manifest = read_manifest(launch.data)
     if other := manifest.preparation.differences(preparation(recipe.data)):
         raise ValueError(f"{launch.data} was prepared otherwise than the recipe says: {'; '.join(other)}")

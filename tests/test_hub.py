@@ -195,6 +195,16 @@ def test_files_of_a_session_are_in_one_part():
     assert [len(part) for part in parts] == [258, 258, 84]
 
 
+def test_files_are_chosen_as_those_of_a_folder_are():
+    files = [f"sub-{n:02}/anat/sub-{n:02}_{m}.nii.gz" for n in range(3) for m in ("FLAIR", "T1w", "T1w_mask")]
+    folder = HubFolder("org/data", "0" * 40, files, include=["*_T1w.nii.gz"], exclude=["sub-01/*"])
+    assert folder.parts == [["sub-00/anat/sub-00_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz"]]
+    reasons = dict(folder.left_out)
+    assert (len(reasons), reasons["sub-01/anat/sub-01_T1w.nii.gz"]) == (7, "in data.exclude")
+    with pytest.raises(ValueError, match=r"'\*\.mgz' matches none of the 9 files of org/data"):
+        HubFolder("org/data", "0" * 40, files, include=["*.mgz"])
+
+
 def test_files_that_a_table_names_are_rows(hub, tmp_path):
     save_nifti(tmp_path / "data" / "train" / "sub-01_T1w.nii.gz", blobs(1))
     save_nifti(tmp_path / "data" / "train" / "b.nii.gz", blobs(2))
@@ -278,7 +288,7 @@ def test_a_data_set_is_trained_on(hub, tmp_path, shape, how):
     arguments = ["--data", "org/data", "--output", tmp_path / "run", *(["--stream"] if how == "streamed" else [])]
     command = [sys.executable, ROOT / "train_cva.py", "--config", config("ddp"), *arguments, *numbers]
     checked = run(hub, *command, "--dry-run").stdout
-    assert {"files": "3 volumes, 1 files left out by name", "rows": "2 files of rows"}[shape] in checked
+    assert {"files": "3 volumes, 1 files left out", "rows": "2 files of rows"}[shape] in checked
     done = run(hub, *command)
     assert (tmp_path / "run" / "prepared").exists() == (how == "prepared")
     assert ("data        3 volumes" in done.stdout) == (how == "prepared")

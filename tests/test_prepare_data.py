@@ -99,8 +99,8 @@ def test_a_wrong_argument_is_one_line(tmp_path, monkeypatch, capsys, arguments, 
 
 
 def test_what_is_for_files_is_not_asked_of_a_stream(tmp_path):
-    arguments = ["org/name", "--output", str(tmp_path), "--split-series", "--modality", "CT", "data.include=[x]"]
-    with pytest.raises(ValueError, match=r"--modality, --split-series, data\.include: only for files"):
+    arguments = ["org/name", "--output", str(tmp_path), "--split-series", "--modality", "CT"]
+    with pytest.raises(ValueError, match=r"--modality, --split-series: only for files"):
         prepare_data.main(prepare_data.parse_arguments(arguments))
 
 

@@ -89,7 +89,7 @@ def _prepare(data: Path | None, folder: Path, recipe: Recipe) -> None:
     if data is not None and is_streamed(str(data)):
         from data.hub import open_dataset  # imports pandas, and much else
 
-        dataset = open_dataset(str(data))
+        dataset = open_dataset(str(data), recipe.data.include, recipe.data.exclude)
         left = prepare_streamed(dataset, Job(folder, dataset.root, how), workers)
     else:
         listing = list_data(data, recipe.data)

@@ -50,7 +50,8 @@ def _open_stream(
 ) -> RunData:
     from data.hub import open_dataset  # imports pandas, and much else
 
-    dataset = from_main_rank(group, lambda: open_dataset(str(launch.data), lanes_of(recipe)))
+    chosen = recipe.data.include, recipe.data.exclude
+    dataset = from_main_rank(group, lambda: open_dataset(str(launch.data), *chosen, fewest=lanes_of(recipe)))
     if dataset.volumes_a_row > 1:
         raise ValueError(f"--stream: {launch.data} has several volumes a row: run prepare_data.py on it first")
     streamed = StreamedData(dataset, recipe, torch.distributed.get_rank(), torch.distributed.get_world_size())

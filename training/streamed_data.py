@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def check_streams(recipe: Recipe) -> None:
     """Raise ValueError for what only prepared volumes can give."""
     data = recipe.data
-    asked = [f"data.{key}" for key in ("include", "exclude", "channels") if getattr(data, key)]
+    asked = ["data.channels"] if data.channels else []
     asked += ["data.spacing=median"] if data.spacing == MEDIAN else []
     asked += [f"data.draw={data.draw}"] if data.draw != "volumes" else []
     if asked:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[], bytes]  # gets the content of a volume
 JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and the manifest is written
+LEFT_BEHIND = 3600.0  # seconds after which nobody writes a file any more
 MEMORY = 4e9  # bytes that a process needs for a CT of 512 x 512 x 600 voxels
 
 
@@ -129,6 +131,9 @@ def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
     write_manifest(job.folder, rows, job.preparation, root, finished)
     for journal in (job.folder / JOURNALS).glob("*.jsonl"):
         journal.unlink()
+    for half_written in job.folder.glob("*/*/.*"):  # by what was killed since
+        if time.time() - half_written.stat().st_mtime > LEFT_BEHIND:
+            half_written.unlink(missing_ok=True)
 
 
 def _with_median(job: Job, listing: Listing, known: dict[str, dict[str, Any]]) -> Job:

@@ -1,10 +1,11 @@
 """prepare_data.py as it is run: arguments, kills, two at once."""
 
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,8 +14,13 @@ from test_prepare import files, rows
 
 import prepare_data
 from data.manifest import read_manifest
+from data.prepare_folder import prepare_folder
+from data.prepare_volume import Job
+from data.sources import find_sources
 from data.store import PreparedVolumes
 from data.volume import prepare
+
+WRITES = {"open", "write", "flush", "fsync", "replace", "rename", "unlink", "mkdir"}
 
 
 def script(*arguments, **options):
@@ -38,26 +44,59 @@ def test_the_volumes_of_a_series_are_taken_on_request(tmp_path):
     assert ready.read(2, lambda volume: volume[:, :, :]).size  # prepared again
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, volumes):
-    source = tmp_path / "data"
-    for number in range(12):
-        save_nifti(source / f"{number:02}.nii.gz", blobs(number))
-    for seconds in (1.5, 2.0, 2.5, 3.0):
-        command = [sys.executable, ROOT / "prepare_data.py", source, "--output", tmp_path / "ready", "--workers", "1"]
-        running = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(seconds)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-        for file in (tmp_path / "ready").rglob("[!.]*.npy"):
-            np.load(file)  # whole
-    before = files(tmp_path / "ready")
-    done = script(source, "--output", tmp_path / "ready", "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert "prepared    12 volumes" in done.stdout
-    again = files(tmp_path / "ready")
-    assert sum(again[path] == at for path, at in before.items()) >= len(before) - 4  # one a kill may be done anew
-    whole = prepared(source, tmp_path / "whole").manifest.fingerprint()
-    assert read_manifest(tmp_path / "ready").fingerprint() == whole
+def prepare_and_die(listing, job, moment):
+    """Killed before the call of that number of all that write, rename, remove or flush."""
+    calls = itertools.count(1)
+
+    def note(frame, event, function):
+        if event == "c_call" and function.__name__ in WRITES and next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(note)
+    prepare_folder(listing, job, workers=1)
+    sys.setprofile(None)
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+    """Before each thing that changes the disk, one after the other, until there is nothing more to do."""
+    labels = tmp_path / "data" / "labelsTr"
+    for number in range(3):
+        save_nifti(tmp_path / "data" / "imagesTr" / f"{number}.nii.gz", blobs(number, (20, 22, 18)))
+        save_nifti(labels / f"{number}.nii.gz", (blobs(number, (20, 22, 18)) > 500).astype(np.uint8))
+    (tmp_path / "data" / "imagesTr" / "bad.nii.gz").write_bytes(b"no image")
+    listing = find_sources(tmp_path / "data", labels=labels)
+    whole = prepared(tmp_path / "data", tmp_path / "whole", labels=labels).manifest
+    processes, done = multiprocessing.get_context("fork"), {}
+    for moment in itertools.count(1):
+        folder = tmp_path / f"killed_before_{moment}"
+        job = Job(folder, listing.root, whole.preparation, labels=labels)
+        process = processes.Process(target=prepare_and_die, args=(listing, job, moment))
+        process.start()
+        process.join()
+        for file in folder.rglob("[!.]*.npy"):
+            np.load(file)  # whole, wherever it stopped
+        before = files(folder) if folder.exists() else {}
+        assert prepare_folder(listing, job, workers=1) == 0
+        assert read_manifest(folder).fingerprint() == whole.fingerprint()
+        assert rows(folder) == rows(tmp_path / "whole")
+        after = files(folder)
+        assert sum(after[path] != at for path, at in before.items()) <= 2  # a volume and its labels at most, anew
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        done[moment] = len(before)
+    assert len(done) > 40
+    assert {*done.values()} >= set(range(7))  # files that were there
+
+
+def test_what_a_kill_left_half_written_is_removed_when_it_is_old(tmp_path, volumes):
+    ready = prepared(volumes, tmp_path / "ready")
+    old, new = (ready.path(0).with_name(f".{name}.npy.host.7") for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    prepared(volumes, tmp_path / "ready")
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_two_preparations_of_one_folder_at_once_do_not_hurt_each_other(tmp_path, volumes):

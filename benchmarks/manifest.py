@@ -41,7 +41,11 @@ def write_large(folder: Path, count: int) -> None:
     numbers = range(count)
     checksums = [hashlib.sha256(str(i).encode()).hexdigest() for i in numbers]
     lists = {"shape": [160, 160, 160], "source_shape": [160, 160, 160], "foreground_mean": [80.0] * 3}
-    lists |= {"prepared_to_source": [1.0, 0.0, 0.0, 0.5] * 3, "source_affine": [1.0, 0.0, 0.0, 0.0] * 4}
+    lists |= {
+        "spacing": [1.0] * 3,
+        "prepared_to_source": [1.0, 0.0, 0.0, 0.5] * 3,
+        "source_affine": [1.0, 0.0, 0.0, 0.0] * 4,
+    }
     columns = {
         "source": [f"ds{i % 800:06}/sub-{i // 3:06}/ses-1/anat/sub-{i // 3:06}_run-{i}_T1w.nii.gz" for i in numbers],
         "dataset": [f"ds{i // 3 % 800:06}" for i in numbers],
@@ -72,7 +76,8 @@ def write_small(folder: Path, count: int) -> PreparedVolumes:
     for number in range(count):
         np.save(folder / f"{number}.npy", rng.standard_normal((160, 160, 160), dtype=np.float32).astype(np.float16))
         rows.append({"source": f"{number}.nii", "file": f"{number}.npy", "checksum": str(number), "padding": 0.0})
-    write_manifest(folder, rows, PREPARATION, "/data", 0)
+        rows[-1] |= {"shape": [160] * 3, "spacing": [1.0] * 3}
+    write_manifest(folder, pa.Table.from_pylist(rows, schema=SCHEMA), PREPARATION, "/data", 0)
     return PreparedVolumes(read_manifest(folder, FOR_RUNS))
 
 

@@ -6,6 +6,13 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def has_no_locks(error: Exception) -> bool:
+    """Whether the error of a lock says that the file system, or the operating system, has none."""
+    return isinstance(error, NotImplementedError) or (isinstance(error, OSError) and error.errno in NO_LOCKS)
+
 
 def flush(path: Path) -> None:
     """Have a file, or the names in a folder, on the disk before going on."""

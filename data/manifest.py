@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,12 +120,9 @@ class Manifest:
         return found.hexdigest()[:16]
 
 
-def write_manifest(
-    folder: Path, rows: Iterable[dict[str, Any]], preparation: Preparation, root: str, finished: int
-) -> None:
-    rows = sorted(rows, key=lambda row: row["source"])
+def write_manifest(folder: Path, table: pa.Table, preparation: Preparation, root: str, finished: int) -> None:
     facts = {"format": FORMAT, "finished": finished, **asdict(preparation)}
-    table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"preparation": json.dumps(facts)}))
+    table = table.replace_schema_metadata({"preparation": json.dumps(facts)})
     write_source(folder, root)
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
 

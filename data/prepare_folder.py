@@ -3,23 +3,21 @@
 import hashlib
 import json
 import shutil
-import time
-import uuid
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 from .channels import group_channels, grouped
 from .files import write_whole
-from .manifest import MEDIAN, NAME, Preparation, read_manifest, read_source, write_manifest, write_source
+from .journals import JOURNALS, Journal, alone, complete, on_record, rejected
+from .manifest import MEDIAN, read_source, write_source
 from .median_spacing import median_spacing
 from .prepare_volume import Job, bytes_at_most, case_of, prepare_case, stamp
 from .series import file_of
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from .hub import HubDataset, HubFolder  # imports pandas, and much else
 
 Fetch = Callable[[], bytes]  # gets the content of a volume
-JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and the manifest is written
-LEFT_BEHIND = 3600.0  # seconds after which nobody writes a file any more
 MEMORY = 4e9  # bytes that a process needs for a CT of 512 x 512 x 600 voxels
 
 
@@ -57,22 +53,22 @@ def prepare_folder(
     cases, left_out = group_channels(listing.sources, job.preparation.channels)
     listed = {source.path for case in cases for source in case}
     job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / ".lock"):
-        known = _on_record(job).rows
+    with alone(job.folder):
+        known = on_record(job).rows
         job = _with_median(job, listing, known)
     if known and not listed & known.keys():
         raise ValueError(f"{job.folder} holds volumes of another folder than {job.root}: choose another")
     number, shards = shard
     todo = [case for case in cases[number::shards] if not _is_done(case, known, job, verify)]
     _check_room([source for case in todo for source in case], job)
-    with _Journal(job) as journal:
+    with Journal(job) as journal:
         for rows in _in_parallel(((case, None) for case in todo), job, min(workers, len(todo)), len(todo)):
             journal.write(*rows)
-    with FileLock(job.folder / ".lock"):  # who comes last sees the rows of all
-        known = _on_record(job).rows
-        if left := len(listed - known.keys()):
+    with alone(job.folder):  # who comes last sees the rows of all
+        record = on_record(job)
+        if left := len(listed - record.rows.keys()):
             return left
-        _complete(job, [known[path] for path in listed] + [_rejected(*file) for file in (*listing.left_out, *left_out)])
+        complete(job, record, listed, [*listing.left_out, *left_out])
     return 0
 
 
@@ -87,23 +83,22 @@ def prepare_streamed(dataset: "HubDataset | HubFolder", job: Job, workers: int, 
             "data.spacing=median: headers of a streamed data set cannot be read first; set numbers, or native"
         )
     job.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(job.folder / ".lock"):
-        record, (first, shards) = _on_record(job), shard
+    with alone(job.folder):
+        record, (first, shards) = on_record(job), shard
         if (other := read_source(job.folder)) not in ("", job.root):  # its rows may have the same names
             raise ValueError(f"{job.folder} holds volumes of {other}: choose another folder")
         write_source(job.folder, str(job.root))
-    with _Journal(job) as journal:
+    with Journal(job) as journal:
         for number in dataset.left(record.rows, record.finished) & set(range(first, len(dataset), shards)):
             left_out: LeftOut = []
             for rows in _in_parallel(_new_cases(dataset.read(number), record.rows, job, left_out), job, workers):
                 journal.write(*rows)
-            journal.write(*(_rejected(*file) for file in left_out), {"finished": number})
-    with FileLock(job.folder / ".lock"):
-        record = _on_record(job)
+            journal.write(*(rejected(*file) for file in left_out), {"finished": number})
+    with alone(job.folder):
+        record = on_record(job)
         if left := len(dataset.left(record.rows, record.finished)):
             return left
-        rows = record.rows | {path: _rejected(path, reason) for path, reason in dataset.left_out}
-        _complete(job, list(rows.values()), finished=len(dataset))
+        complete(job, record, record.rows.keys() - dict(dataset.left_out).keys(), dataset.left_out, len(dataset))
     return 0
 
 
@@ -124,16 +119,6 @@ def _new_cases(
         for case in cases:
             if any(source.path not in known for source in case):
                 yield case, tuple(fetches[source] for source in case)
-
-
-def _complete(job: Job, rows: list[dict[str, Any]], finished: int = 0) -> None:
-    root = job.root if isinstance(job.root, str) else str(job.root.absolute())
-    write_manifest(job.folder, rows, job.preparation, root, finished)
-    for journal in (job.folder / JOURNALS).glob("*.jsonl"):
-        journal.unlink()
-    for half_written in job.folder.glob("*/*/.*"):  # by what was killed since
-        if time.time() - half_written.stat().st_mtime > LEFT_BEHIND:
-            half_written.unlink(missing_ok=True)
 
 
 def _with_median(job: Job, listing: Listing, known: dict[str, dict[str, Any]]) -> Job:
@@ -190,69 +175,6 @@ def _in_parallel(
     get_reusable_executor(reuse=True).terminate()  # its processes would outlive a killed run by minutes
 
 
-class _Journal:
-    """What this process has done, a line a volume; a file of its own, so that others may do the same at once."""
-
-    def __init__(self, job: Job):
-        self.path = job.folder / JOURNALS / f"{uuid.uuid4().hex}.jsonl"
-        self.facts = asdict(job.preparation)
-
-    def __enter__(self):
-        self.file = None
-        return self
-
-    def write(self, *rows: dict[str, Any]) -> None:
-        if self.file is None:
-            self.path.parent.mkdir(exist_ok=True)
-            self.file = open(self.path, "w")  # noqa: SIM115, closed in __exit__
-            self.file.write(json.dumps(self.facts) + "\n")
-        for row in rows:
-            self.file.write(json.dumps(row, default=lambda value: value.tolist()) + "\n")
-        self.file.flush()
-
-    def __exit__(self, *_):
-        if self.file:
-            self.file.close()
-
-
-class _Record(NamedTuple):
-    rows: dict[str, dict[str, Any]]  # source -> row
-    finished: set[int]  # files of rows of a streamed data set
-
-
-def _on_record(job: Job) -> _Record:
-    """What the manifest and all journals say.
-
-    Raises:
-        ValueError: if they are of volumes that were prepared otherwise than `job` asks.
-    """
-    found, rows, finished = [], {}, set()
-    if (job.folder / NAME).exists():
-        manifest = read_manifest(job.folder)
-        found.append(manifest.preparation)
-        rows = {row["source"]: row for row in manifest.table.to_pylist()}
-        finished = set(range(manifest.finished))
-    for journal in sorted((job.folder / JOURNALS).glob("*.jsonl"), key=lambda path: path.stat().st_mtime):
-        facts, *lines = journal.read_text().splitlines() or [""]
-        try:
-            facts = json.loads(facts)
-            found.append(Preparation(**facts))
-            for line in lines:
-                row = json.loads(line)
-                if "finished" in row:
-                    finished.add(row["finished"])
-                else:
-                    rows[row["source"]] = row
-        except json.JSONDecodeError:
-            continue  # a line that a kill cut off
-    for preparation in found:
-        if other := preparation.differences(job.preparation):
-            raise ValueError(
-                f"{job.folder} holds volumes prepared otherwise ({'; '.join(other)}): choose another folder"
-            )
-    return _Record(rows, finished)
-
-
 def _is_done(case: tuple[Source, ...], known: dict[str, dict[str, Any]], job: Job, verify: bool) -> bool:
     rows = [known.get(source.path) for source in case]
     if not all(_is_in_store(row, source, job, verify) for row, source in zip(rows, case)):
@@ -277,7 +199,3 @@ def _is_in_store(row: dict[str, Any] | None, source: Source, job: Job, verify: b
         if verify and hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
             return False
     return True
-
-
-def _rejected(path: str, reason: str) -> dict[str, Any]:
-    return {"source": path, "reason": reason, "is_bad": False}

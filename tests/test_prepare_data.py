@@ -1,5 +1,6 @@
 """prepare_data.py as it is run: arguments, kills, two at once."""
 
+import errno
 import itertools
 import multiprocessing
 import os
@@ -97,6 +98,19 @@ def test_what_a_kill_left_half_written_is_removed_when_it_is_old(tmp_path, volum
     os.utime(old, (0, 0))
     prepared(volumes, tmp_path / "ready")
     assert (old.exists(), new.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_will_do_and_one_that_fails_is_not_hidden(tmp_path, volumes, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            prepared(volumes, tmp_path / "ready")
+    else:
+        assert len(prepared(volumes, tmp_path / "ready")) == 3
 
 
 def test_two_preparations_of_one_folder_at_once_do_not_hurt_each_other(tmp_path, volumes):

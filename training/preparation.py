@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from data.channels import channel_number
 from data.columns import matrix
 from data.demo import demo_volume
+from data.journals import JOURNALS
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
-from data.prepare_folder import JOURNALS, prepare_folder, prepare_streamed
+from data.prepare_folder import prepare_folder, prepare_streamed
 from data.prepare_volume import Job
 from data.sources import Listing, Source, find_sources, is_streamed
 from data.volume import axis_order

@@ -1,6 +1,5 @@
 """The folder of a run: what is where in it, and the care that two runs never share one."""
 
-import errno
 import itertools
 import os
 import socket
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.files import has_no_locks
 from models.warm_start import RUN_WEIGHTS
 
 from .metrics import read_metrics
@@ -49,8 +49,8 @@ class RunFolder:
                 f"--output {self.path} is in use by {by}: stop that run (kill -USR1 saves a checkpoint first), or "
                 "choose another folder"
             ) from None
-        except (NotImplementedError, OSError) as error:  # the former where the operating system has no locks
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        except (NotImplementedError, OSError) as error:
+            if not has_no_locks(error):
                 raise
             warnings.warn(
                 f"{self.path} is on a file system without locks: nothing keeps a second run out", stacklevel=2

@@ -56,7 +56,7 @@ def write_large(folder: Path, count: int) -> None:
         **{key: [value] * count for key, value in lists.items()},
     }
     table = pa.table({f.name: pa.array(columns.get(f.name, [None] * count), f.type) for f in SCHEMA})
-    facts = {"format": FORMAT, "finished": 0, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
+    facts = {"format": FORMAT, "finished": 0, "journals": {}, "orientation": "RAS", "spacing": [1.0, 1.0, 1.0]}
     pq.write_table(table.replace_schema_metadata({"preparation": json.dumps(facts)}), folder / NAME)
 
 
@@ -77,7 +77,7 @@ def write_small(folder: Path, count: int) -> PreparedVolumes:
         np.save(folder / f"{number}.npy", rng.standard_normal((160, 160, 160), dtype=np.float32).astype(np.float16))
         rows.append({"source": f"{number}.nii", "file": f"{number}.npy", "checksum": str(number), "padding": 0.0})
         rows[-1] |= {"shape": [160] * 3, "spacing": [1.0] * 3}
-    write_manifest(folder, pa.Table.from_pylist(rows, schema=SCHEMA), PREPARATION, "/data", 0)
+    write_manifest(folder, pa.Table.from_pylist(rows, schema=SCHEMA), PREPARATION, "/data")
     return PreparedVolumes(read_manifest(folder, FOR_RUNS))
 
 

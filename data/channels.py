@@ -1,7 +1,7 @@
 """Which volumes are the channels of one sample: contrasts of one session of a subject."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .sources import LeftOut, Source
 
@@ -24,12 +24,17 @@ def group_channels(sources: Sequence[Source], channels: Sequence[str]) -> tuple[
     if not channels:
         return [(source,) for source in sources], []
     groups, left_out = grouped(sources, channels)
-    found = {channel_number(channels, source.modality) for group in groups for source in group}
-    if absent := [name for number, name in enumerate(channels) if number not in found]:
-        there = Counter(source.modality or "unknown" for source in sources if source.subject).most_common(9)
-        counts = ", ".join(f"{name} ({count})" for name, count in there) or "none whose subject is known"
-        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {counts}")
+    check_channels((source.modality for group in groups for source in group), channels, sources)
     return groups, left_out
+
+
+def check_channels(found: Iterable[str | None], channels: Sequence[str], there: Sequence[Source] = ()) -> None:
+    """Raise ValueError unless each channel is among the modalities that were found."""
+    numbers = {channel_number(channels, modality) for modality in found}
+    if absent := [name for number, name in enumerate(channels) if number not in numbers]:
+        counts = Counter(source.modality or "unknown" for source in there if source.subject).most_common(9)
+        words = ", ".join(f"{name} ({count})" for name, count in counts) or "none whose subject and modality are known"
+        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {words}")
 
 
 def grouped(sources: Sequence[Source], channels: Sequence[str]) -> tuple[list[tuple[Source, ...]], LeftOut]:

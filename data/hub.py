@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, groupby
@@ -18,6 +19,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from pyarrow.dataset import ParquetFragmentScanOptions
 
+from .prepare_volume import RETRIES
 from .sources import LeftOut, Source, choose, is_nifti, left_out_by_name, of_tree
 
 COLUMNS = ("dataset", "subject", "session", "modality")
@@ -90,15 +92,16 @@ class HubFolder:
         by_name: LeftOut = [(file, why) for file in files if (why := left_out_by_name(file))]
         found = [of_tree(file, self.name) for file in sorted(set(files) - {file for file, _ in by_name})]
         chosen, self.left_out = choose(found, by_name, include, exclude, name)
-        kept = [source.path for source in chosen]
+        key = {source.path: source[1:4] if not fewest else () for source in chosen}
+        kept = sorted(key, key=lambda path: (key[path], path))  # those of a session in a row
         size = max(1, min(PART, len(kept) // max(1, fewest)))
         self.parts: list[list[str]] = []
-        for _, session in groupby(kept, key=lambda path: of_tree(path, self.name)[1:4] if not fewest else path):
+        for _, session in groupby(kept, key=lambda path: key[path] or path):
             if not self.parts or len(self.parts[-1]) >= size:
                 self.parts.append([])
             self.parts[-1].extend(session)
         self.found = f"{len(kept)} volumes, {len(self.left_out)} files left out,"
-        self.fingerprint = _hash([self.location, kept])
+        self.fingerprint, self.state = _hash([self.location, kept]), ""  # a path is the same volume in any state
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -109,6 +112,10 @@ class HubFolder:
 
     def place(self, number: int, row: int) -> str:
         return self.parts[number][row]
+
+    def sources(self) -> list[Source]:
+        """What is known before anything is read."""
+        return [of_tree(path, self.name) for part in self.parts for path in part]
 
     def read(self, number: int, wanted: Sequence[int] = range(sys.maxsize)) -> Streamed:
         """The volumes of a part and what their paths tell; `wanted` as of `HubDataset.read`."""
@@ -143,7 +150,7 @@ class HubDataset:
         except Exception as error:  # of the Hub, of the network, of the data set's own files
             raise ValueError(f"{name}: no data set can be read ({_first_line(error)})") from error
         self.root, self.name = (place, folder.name) if folder else (name, place)
-        self.fingerprint = _hash(_files_of(builder.config.data_files or {}))
+        self.fingerprint = self.state = _hash(_files_of(builder.config.data_files or {}))
         self.left_out: LeftOut = []
         self.volumes_a_row = 1
         self.files = []  # split, data set, number of a file in it
@@ -163,6 +170,10 @@ class HubDataset:
         """The files of rows that are not finished."""
         return set(range(len(self))) - finished
 
+    def sources(self) -> list[Source]:
+        """What is known before anything is read: nothing."""
+        return []
+
     def place(self, number: int, row: int) -> str:
         """Where a row is: in which split, in which file of it."""
         split, _, shard = self.files[number]
@@ -171,36 +182,58 @@ class HubDataset:
     def read(self, number: int, wanted: Sequence[int] = range(sys.maxsize)) -> Streamed:
         """The volumes of a file of rows, and what other columns or else their paths tell of them.
 
-        Columns with several volumes in a row are modalities of one subject.
+        Columns with several volumes in a row are modalities of one subject. What cannot be read is asked for again,
+        after a pause.
 
         Args:
             wanted: numbers of rows, increasing, at least one.
+
+        Raises:
+            OSError: if all was in vain; it names the row.
         """
-        _, rows, shard = self.files[number]
-        columns = _columns(rows)
-        words = {key: kind.int2str for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
-        rows = rows.shard(rows.num_shards, shard).skip(wanted[0]).iter(1)  # iter: loaders' processes do not share it
-        left = iter(wanted)
-        following = next(left)
-        for index, row in zip(count(wanted[0]), rows):
-            if index != following:
+        rows, pauses = self.rows_from(number, wanted[0]), iter(RETRIES)
+        while wanted:
+            try:
+                found = next(rows, None)
+            except Exception as error:  # of the network, of one of the libraries between, of a damaged file
+                if (pause := next(pauses, None)) is None:
+                    place = f"{self.name}/{self.place(number, wanted[0])}"
+                    raise OSError(f"{place} cannot be read ({_first_line(error)}): try again later") from error
+                time.sleep(pause)
+                rows = self.rows_from(number, wanted[0])
                 continue
-            row = {key: value for key, (value,) in row.items()}
-            told = {key: words.get(key, str)(row[key]) for key in COLUMNS if row.get(key) is not None}
-            place = self.place(number, index)
-            for column in columns:
-                if (stored := row[column]) is None:
-                    continue
-                path = (stored["path"] or "volume").split("::")[-1]
-                source = of_tree(HUB_FILE.sub(r"\3", path), "")
-                known = {"dataset": self.name, **told, "path": f"{place}/{Path(path).name}"}
-                if len(columns) > 1:
-                    name = f"{place}/{column}/{Path(path).name}"
-                    known |= {"subject": told.get("subject", place), "modality": column, "path": name}
-                fetch = partial(_download, path) if stored["bytes"] is None else partial(bytes, stored["bytes"])
-                yield source._replace(**known), fetch
-            if (following := next(left, None)) is None:
+            if found is None:
                 return
+            index, row = found
+            if index == wanted[0]:
+                yield from self._volumes(number, index, row)
+                wanted, pauses = wanted[1:], iter(RETRIES)
+
+    def rows_from(self, number: int, start: int) -> Iterator[tuple[int, dict]]:
+        """The rows of a file from one on, with their numbers."""
+        _, rows, shard = self.files[number]
+        rows = rows.shard(rows.num_shards, shard).skip(start).iter(1)  # iter: loaders' processes do not share it
+        for index, row in zip(count(start), rows):
+            yield index, {key: value for key, (value,) in row.items()}
+
+    def _volumes(self, number: int, index: int, row: dict) -> Streamed:
+        features, place = self.files[number][1].features, self.place(number, index)
+        words = {key: kind.int2str for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+        told = {key: words.get(key, str)(row[key]) for key in COLUMNS if row.get(key) is not None}
+        columns = _columns(self.files[number][1])
+        for column in columns:
+            if (stored := row[column]) is None:
+                if len(columns) > 1:  # a contrast that is missing
+                    continue
+                stored = {"path": None, "bytes": b""}
+            path = (stored["path"] or "volume").split("::")[-1]
+            source = of_tree(HUB_FILE.sub(r"\3", path), "")
+            known = {"dataset": self.name, **told, "path": f"{place}/{Path(path).name}"}
+            if len(columns) > 1:
+                name = f"{place}/{column}/{Path(path).name}"
+                known |= {"subject": told.get("subject", place), "modality": column, "path": name}
+            fetch = partial(_download, path) if stored["bytes"] is None else partial(bytes, stored["bytes"])
+            yield source._replace(**known), fetch
 
 
 def _columns(rows: datasets.IterableDataset) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 
-from .nifti import read_image
+from .nifti import Image, read_image
 from .normalisation import BOX, checked_rule
 from .volume import NATIVE, PLAUSIBLE_SPACING, around, axis_order, own_box, prepare
 
@@ -82,16 +82,18 @@ class VolumeImageProcessor(ImageProcessingMixin):
         """The volume `[C, X, Y, Z]`, and what is around it `[C]`."""
         rules = self.intensity, self.intensity_of_ct
         if not self.channels:
-            voxels, mm = self._read(image, spacing)
-            volumes = [prepare(voxels, mm, self.spacing, *rules, modality or "")]
+            image = self._read(image, spacing)
+            volumes = [prepare(image.voxels, image.spacing, self.spacing, *rules, modality or "")]
         else:
             images = [None if one is None else self._read(one, spacing) for one in self._in_order(image)]
-            if len({voxels.shape for voxels, _ in filter(None, images)}) > 1:
-                raise ValueError("channels of one volume must be registered and on one grid: resample them to one")
             named = [(one, name) for one, name in zip(images, self.channels) if one is not None]
-            box = around([own_box(*one, *rules, name) for one, name in named])
+            first, mm = named[0][0], named[0][0].spacing
+            for one, _ in named:
+                if one.shape != first.shape or not np.allclose(one.affine, first.affine, atol=1e-2):
+                    raise ValueError("channels of one volume must be registered and on one grid: resample them to one")
+            box = around([own_box(one.voxels, mm, *rules, name) for one, name in named])
             volumes = [
-                None if one is None else prepare(*one, self.spacing, *rules, name, box)
+                None if one is None else prepare(one.voxels, mm, self.spacing, *rules, name, box)
                 for one, name in zip(images, self.channels)
             ]
         there = next(filter(None, volumes))
@@ -101,18 +103,19 @@ class VolumeImageProcessor(ImageProcessingMixin):
         return np.ascontiguousarray(voxels.transpose(0, *(1 + axis for axis in order))), padding
 
     def _read(self, image, spacing):
-        """Voxels, reoriented, and their size in mm."""
+        """As an `Image`, reoriented; an array is taken to be so."""
         if isinstance(image, (str, nib.spatialimages.SpatialImage)) or hasattr(image, "__fspath__"):
-            return read_image(image, self.orientation)[:2]
+            return read_image(image, self.orientation)
         if spacing is None:
             raise ValueError("an array needs its voxel size: processor(array, spacing=(1.0, 1.0, 1.0)), in mm")
-        image = image.numpy(force=True) if isinstance(image, torch.Tensor) else image
-        return np.asarray(image, dtype=np.float32), np.asarray(spacing, dtype=float)
+        image = image.numpy(force=True) if isinstance(image, torch.Tensor) else np.asarray(image)
+        return Image(image.astype(np.float32), np.asarray(spacing, dtype=float), None, np.eye(4), image.shape)
 
     def _in_order(self, images):
         """The image of each channel, None for one that is missing."""
         by_name = {name.lower(): image for name, image in images.items()} if isinstance(images, Mapping) else {}
         known = [name.lower() for name in self.channels]
+        by_name = {name: one for name, one in by_name.items() if one is not None}
         if not by_name or not by_name.keys() <= set(known):
             example = ", ".join(f"{name!r}: ..." for name in self.channels)
             raise ValueError(f"this encoder reads channels: give {{{example}}}, of which some may be missing")

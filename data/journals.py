@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from .prepare_volume import Job
 from .sources import LeftOut
 
 JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and the manifest is written
-LEFT_BEHIND = 3600.0  # seconds after which nobody writes a file any more
+LEFT_BEHIND = 86400.0  # seconds after which nobody writes a file any more
 TO_GO_ON = (  # what must be known of a volume to leave it as it is
     *("source", "source_bytes", "source_modified", "modality", "case", "reason"),
     *("file", "checksum", "bytes", "spacing", "label", "label_checksum"),
@@ -27,10 +27,13 @@ TO_GO_ON = (  # what must be known of a volume to leave it as it is
 
 
 class Journal:
-    """What this process has done, a line a volume; a file of its own, so that others may do the same at once."""
+    """What this process has done, a line a volume; a file of its own, so that others may do the same at once.
+
+    It is `NAME.open` until it is closed, and then `NAME.jsonl`: others remove only what is closed.
+    """
 
     def __init__(self, job: Job):
-        self.path = job.folder / JOURNALS / f"{uuid.uuid4().hex}.jsonl"
+        self.path = job.folder / JOURNALS / f"{uuid.uuid4().hex}.open"
         self.facts = asdict(job.preparation)
 
     def __enter__(self):
@@ -49,13 +52,15 @@ class Journal:
     def __exit__(self, *_):
         if self.file:
             self.file.close()
+            self.path.rename(self.path.with_suffix(".jsonl"))
 
 
 class Record(NamedTuple):
     rows: dict[str, dict[str, Any]]  # source -> row; of the manifest's `TO_GO_ON` alone
-    new: set[str]  # sources whose rows are of journals
+    new: set[str]  # sources whose rows are of journals, and not in the manifest
     finished: set[int]  # parts of a streamed data set
     table: pa.Table | None  # the manifest's
+    journals: dict[Path, int]  # how many lines of each were read
 
 
 def on_record(job: Job) -> Record:
@@ -64,33 +69,29 @@ def on_record(job: Job) -> Record:
     Raises:
         ValueError: if they are of volumes that were prepared otherwise than `job` asks.
     """
-    found, new, finished = [], {}, set()
-    for journal in _by_age(job.folder / JOURNALS):
-        try:
-            facts, *lines = journal.read_text().splitlines() or [""]
-            facts = json.loads(facts)
-            found.append(Preparation(**facts))
-            for line in lines:
+    found, journals = [], {journal: _lines(journal) for journal in _by_age(job.folder / JOURNALS)}
+    rows, new, finished, table, known = {}, {}, set(), None, {}
+    if (job.folder / NAME).exists():  # after the journals: they go when it is there
+        manifest = read_manifest(job.folder)
+        found.append(manifest.preparation)
+        table, known = manifest.table, manifest.journals
+        rows = {row["source"]: row for row in table.select(TO_GO_ON).to_pylist()}
+        finished |= set(range(manifest.finished))
+    for journal, lines in journals.items():
+        with suppress(json.JSONDecodeError):  # what a disk without power or room made of it
+            found += [Preparation(**json.loads(line)) for line in lines[:1]]
+            for line in lines[known.get(journal.stem, 1) :]:  # the manifest has the others
                 row = json.loads(line)
                 if "finished" in row:
                     finished.add(row["finished"])
                 else:
                     new[row["source"]] = row
-        except (json.JSONDecodeError, FileNotFoundError):
-            continue  # a line that a kill cut off; a journal whose rows the manifest has by now
-    rows, table = {}, None
-    if (job.folder / NAME).exists():  # after the journals: they go when it is there
-        manifest = read_manifest(job.folder)
-        found.append(manifest.preparation)
-        table = manifest.table
-        rows = {row["source"]: row for row in table.select(TO_GO_ON).to_pylist()}
-        finished |= set(range(manifest.finished))
     for preparation in found:
         if other := preparation.differences(job.preparation):
             raise ValueError(
                 f"{job.folder} holds volumes prepared otherwise ({'; '.join(other)}): choose another folder"
             )
-    return Record(rows | new, {*new}, finished, table)
+    return Record(rows | new, {*new}, finished, table, {journal: len(lines) for journal, lines in journals.items()})
 
 
 def complete(job: Job, record: Record, paths: Collection[str], left_out: LeftOut, finished: int = 0) -> None:
@@ -106,12 +107,22 @@ def complete(job: Job, record: Record, paths: Collection[str], left_out: LeftOut
         old = pa.array([path for path in paths if path not in record.new], pa.string())
         tables.append(record.table.replace_schema_metadata().filter(pc.is_in(record.table["source"], value_set=old)))
     root = job.root if isinstance(job.root, str) else str(job.root.absolute())
-    write_manifest(job.folder, pa.concat_tables(tables).sort_by("source"), job.preparation, root, finished)
-    for journal in (job.folder / JOURNALS).glob("*.jsonl"):
-        journal.unlink(missing_ok=True)
-    for half_written in job.folder.glob("*/*/.*"):  # by what was killed since
-        if time.time() - half_written.stat().st_mtime > LEFT_BEHIND:
-            half_written.unlink(missing_ok=True)
+    taken_up = {journal.stem: lines for journal, lines in record.journals.items()}
+    write_manifest(job.folder, pa.concat_tables(tables).sort_by("source"), job.preparation, root, finished, taken_up)
+    for journal in record.journals:
+        if journal.suffix == ".jsonl" or _is_old(journal):
+            journal.unlink(missing_ok=True)
+    for kind in ("volumes", "labels"):
+        for half_written in (job.folder / kind).glob("*/.*"):  # by what was killed since
+            if _is_old(half_written):
+                half_written.unlink(missing_ok=True)
+
+
+def _is_old(file: Path) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime > LEFT_BEHIND
+    except FileNotFoundError:  # another process has put it in its place, or removed it
+        return False
 
 
 def rejected(path: str, reason: str) -> dict[str, Any]:
@@ -135,9 +146,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _by_age(folder: Path) -> list[Path]:
     ages = []
-    for journal in folder.glob("*.jsonl"):
+    for journal in (*folder.glob("*.jsonl"), *folder.glob("*.open")):
         try:
             ages.append((journal.stat().st_mtime, journal))
-        except FileNotFoundError:  # another process has completed the folder
+        except FileNotFoundError:  # another process has closed it, or completed the folder
             continue
     return [journal for _, journal in sorted(ages)]
+
+
+def _lines(journal: Path) -> list[str]:
+    """Those that are whole: a kill may cut off the last one."""
+    for place in (journal, journal.with_suffix(".jsonl")):  # where it is once it is closed
+        try:
+            return place.read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            continue
+    return []  # the manifest has its rows by now

@@ -54,9 +54,9 @@ def make_lane_loader(
         state: of the rank's lanes before the first of them, `[rounds * share, width]`; it is not changed.
 
     Raises:
-        ValueError: if lanes cannot be dealt to the processes, or the state is of other lanes; while iterating, if there
-            is no usable volume, or the data set is no longer what it was at the time of the state.
-        OSError: while iterating, if a row cannot be read.
+        ValueError: if lanes cannot be dealt to the processes, or the state is of other lanes.
+        OSError: while iterating, if a row cannot be read, there is no usable volume, or the data set is no longer what
+            it was at the time of the state.
     """
     if workers and lanes.rounds % workers:
         fitting = [str(n) for n in range(lanes.rounds + 1) if n == 0 or lanes.rounds % n == 0]

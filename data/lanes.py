@@ -12,24 +12,25 @@ lane reads through what it had of it.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .manifest import Preparation
-from .rows import is_left_out, number_of, prepare_row, read_patiently, subject_of
+from .prepare_volume import patiently
+from .rows import is_left_out, number_of, prepare_row, subject_of
 from .sources import Source
 from .stored_volume import HeldVolume
 from .stream import SampleStream
 from .volume import BadVolume, NotAnImage
 
 if TYPE_CHECKING:
-    from .hub import HubDataset, HubFolder  # imports pandas, and much else
+    from .hub import HubDataset, HubFolder, Streamed  # imports pandas, and much else
 
 ORDER, SLOT = 100, 101  # purposes of generators, beside those of the stream
-FRUITLESS = 1000  # files of rows without a usable volume, one after the other, after which a lane gives up
+FRUITLESS = 1000  # files or parts of rows without a usable volume after which a lane gives up
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Lane:
         count: of all lanes.
 
     Raises:
-        ValueError: if the data set is no longer what it was at the time of the state.
-        OSError: if a volume that was in memory cannot be read.
+        OSError: if the data set is no longer what it was at the time of the state, or a volume that was in memory
+            cannot be read.
     """
 
     def __init__(self, number: int, count: int, lanes: Lanes, state: list[int]):
@@ -80,7 +81,7 @@ class Lane:
         self.parts = -(-count // len(lanes.data))  # of each file, so that every lane has a unit in every epoch
         self.units = self.parts * len(lanes.data)
         self.epoch, self.place, self.row = state[:3]
-        self.rows: Iterator[tuple[Source, bytes]] | None = None  # that are left of the unit
+        self.rows: Streamed | None = None  # that are left of the unit
         self.slots: list[Held | None] = self._restored([state[i : i + 4] for i in range(3, len(state), 4)])
 
     def state(self) -> list[int]:
@@ -91,8 +92,7 @@ class Lane:
         """A sample of one of the volumes in memory, after reading one more if there is room for it.
 
         Raises:
-            ValueError: if the data set has no usable volume.
-            OSError: if a row cannot be read.
+            OSError: if a row cannot be read, or there is no usable volume.
         """
         unreadable: list[str] = []
         if None in self.slots:
@@ -107,34 +107,38 @@ class Lane:
         return sample | {"unreadable": [f"sample {index}: {line}" for line in unreadable]}
 
     def next_volume(self, unreadable: list[str]) -> Held:
-        fruitless = []
+        fruitless, with_rows = [], 0
         while True:
-            unit, is_whole = self._unit(self.epoch, self.place), self.row == 0
+            unit, first = self._unit(self.epoch, self.place), self.row
             if self.rows is None:
-                self.rows = read_patiently(self.lanes.data, unit[0], self._numbers(unit)[self.row :])
-            for source, content in self.rows:
+                self.rows = self.lanes.data.read(unit[0], self._numbers(unit)[self.row :])
+            for source, fetch in self.rows:
                 where = self.epoch, self.place, self.row
                 self.row += 1
-                if (held := self._held(where, source, content, unreadable)) is not None:
+                if (held := self._held(where, source, fetch, unreadable)) is not None:
                     return held
+            with_rows += self.row > 0
             self.rows, self.row, self.place = None, 0, self.place + 1
             if self.place == len(self._units(self.epoch)):
                 self.epoch, self.place = self.epoch + 1, 0
-            if is_whole:
+            if first == 0:
                 fruitless.append(unit)
-            if len(fruitless) >= FRUITLESS or len(set(fruitless)) == self.units:
+            if with_rows >= FRUITLESS or len(set(fruitless)) == self.units:
                 files = len({file for file, _ in fruitless})
                 why = f"; the last bad one: {unreadable[-1]}" if unreadable else ""
-                raise ValueError(
+                raise OSError(
                     f"{self.lanes.data.name}: no usable volume in {files} of its {len(self.lanes.data)} files of rows: "
                     f"all are maps of labels, bad or left out{why}"
                 )
 
-    def _held(self, where: tuple[int, int, int], source: Source, content: bytes, unreadable: list[str]) -> Held | None:
+    def _held(
+        self, where: tuple[int, int, int], source: Source, fetch: Callable[[], bytes], unreadable: list[str]
+    ) -> Held | None:
         subject = subject_of(source)
         if is_left_out(subject, self.lanes.leave_out):
             return None
         try:
+            content = patiently(fetch, f"{self.lanes.data.name}/{source.path}")
             return Held(where, prepare_row(source, content, self.lanes.preparation), number_of(subject))
         except NotAnImage:
             return None
@@ -151,13 +155,13 @@ class Lane:
                 units.setdefault(self._unit(epoch, place), {}).setdefault(row, []).append(slot)
         for unit, rows in units.items():
             wanted = [self._numbers(unit)[row] for row in sorted(rows)]
-            for row, (source, content) in zip(sorted(rows), read_patiently(self.lanes.data, unit[0], wanted)):
-                held = self._held((0, 0, row), source, content, [])
+            for row, (source, fetch) in zip(sorted(rows), self.lanes.data.read(unit[0], wanted)):
+                held = self._held((0, 0, row), source, fetch, [])
                 for slot in rows[row]:
                     *where, uses = slots[slot]
                     restored[slot] = held and Held(tuple(where), held.volume, held.group, uses)
         if any(slot is None and epoch >= 0 for slot, (epoch, *_) in zip(restored, slots)):
-            raise ValueError(self._changed())
+            raise OSError(self._changed())
         return restored
 
     def _units(self, epoch: int) -> np.ndarray:
@@ -168,7 +172,7 @@ class Lane:
     def _unit(self, epoch: int, place: int) -> tuple[int, int]:
         """File and part."""
         if place >= len(units := self._units(epoch)):
-            raise ValueError(self._changed())
+            raise OSError(self._changed())
         return divmod(int(units[place]), self.parts)
 
     def _changed(self) -> str:

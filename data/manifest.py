@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,7 @@ class Manifest:
     preparation: Preparation
     root: str  # of the raw volumes, when they were prepared; "" where SOURCE is not there
     finished: int  # files of rows, of a streamed data set
+    journals: dict[str, int] = field(default_factory=dict)  # of how many lines of each it has the rows
 
     @cached_property
     def volumes(self) -> pa.Table:
@@ -120,8 +121,15 @@ class Manifest:
         return found.hexdigest()[:16]
 
 
-def write_manifest(folder: Path, table: pa.Table, preparation: Preparation, root: str, finished: int) -> None:
-    facts = {"format": FORMAT, "finished": finished, **asdict(preparation)}
+def write_manifest(
+    folder: Path,
+    table: pa.Table,
+    preparation: Preparation,
+    root: str,
+    finished: int = 0,
+    journals: Mapping[str, int] | None = None,
+) -> None:
+    facts = {"format": FORMAT, "finished": finished, "journals": dict(journals or {}), **asdict(preparation)}
     table = table.replace_schema_metadata({"preparation": json.dumps(facts)})
     write_source(folder, root)
     write_whole(folder / NAME, lambda file: pq.write_table(table, file))
@@ -149,9 +157,9 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
     try:
         table = pq.read_table(path, columns=None if columns is None else list(columns))
         facts = json.loads(table.schema.metadata[b"preparation"])
-        made_by, finished = facts.pop("format"), facts.pop("finished")
+        made_by, finished, journals = (facts.pop(key) for key in ("format", "finished", "journals"))
         if made_by == FORMAT:
-            return Manifest(folder, table, Preparation(**facts), read_source(folder), finished)
+            return Manifest(folder, table, Preparation(**facts), read_source(folder), finished, journals)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

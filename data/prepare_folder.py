@@ -14,14 +14,14 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
-from .channels import group_channels, grouped
+from .channels import check_channels, group_channels, grouped
 from .files import write_whole
-from .journals import JOURNALS, Journal, alone, complete, on_record, rejected
+from .journals import JOURNALS, Journal, Record, alone, complete, on_record, rejected
 from .manifest import MEDIAN, read_source, write_source
 from .median_spacing import median_spacing
 from .prepare_volume import Job, bytes_at_most, case_of, prepare_case, stamp
 from .series import file_of
-from .sources import LeftOut, Listing, Source
+from .sources import EXCLUDED, NOT_INCLUDED, LeftOut, Listing, Source
 
 if TYPE_CHECKING:
     from .hub import HubDataset, HubFolder  # imports pandas, and much else
@@ -84,22 +84,46 @@ def prepare_streamed(dataset: "HubDataset | HubFolder", job: Job, workers: int, 
         )
     job.folder.mkdir(parents=True, exist_ok=True)
     with alone(job.folder):
-        record, (first, shards) = on_record(job), shard
-        if (other := read_source(job.folder)) not in ("", job.root):  # its rows may have the same names
-            raise ValueError(f"{job.folder} holds volumes of {other}: choose another folder")
-        write_source(job.folder, str(job.root))
+        _check_state(dataset, job)
+        known, finished = _known(record := on_record(job)), record.finished
+    first, shards = shard
     with Journal(job) as journal:
-        for number in dataset.left(record.rows, record.finished) & set(range(first, len(dataset), shards)):
+        for number in dataset.left(known, finished) & set(range(first, len(dataset), shards)):
             left_out: LeftOut = []
-            for rows in _in_parallel(_new_cases(dataset.read(number), record.rows, job, left_out), job, workers):
+            for rows in _in_parallel(_new_cases(dataset.read(number), known, job, left_out), job, workers):
                 journal.write(*rows)
             journal.write(*(rejected(*file) for file in left_out), {"finished": number})
     with alone(job.folder):
         record = on_record(job)
-        if left := len(dataset.left(record.rows, record.finished)):
+        if left := len(dataset.left(_known(record), record.finished)):
             return left
+        modalities = [row.get("modality") for row in record.rows.values() if row.get("file")]
+        check_channels(modalities, job.preparation.channels)
         complete(job, record, record.rows.keys() - dict(dataset.left_out).keys(), dataset.left_out, len(dataset))
     return 0
+
+
+def _check_state(dataset: "HubDataset | HubFolder", job: Job) -> None:
+    """Raise ValueError if the folder holds volumes of another data set, or another state: their rows have the same
+    names."""
+    if (other := read_source(job.folder)) not in ("", job.root):
+        raise ValueError(f"{job.folder} holds volumes of {other}: choose another folder")
+    write_source(job.folder, str(job.root))
+    if not dataset.state:
+        return
+    state = job.folder / JOURNALS / "data_set.txt"
+    if state.exists() and state.read_text() != dataset.state:
+        raise ValueError(
+            f"{job.folder} holds volumes of {dataset.root} as it was before: choose another folder, or name that "
+            f"revision, {dataset.name}@REVISION"
+        )
+    state.parent.mkdir(exist_ok=True)
+    write_whole(state, lambda file: file.write_text(dataset.state))
+
+
+def _known(record: Record) -> set[str]:
+    """Volumes that need not be prepared; what was not chosen then may be now."""
+    return {path for path, row in record.rows.items() if row.get("reason") not in (NOT_INCLUDED, EXCLUDED)}
 
 
 def _new_cases(
@@ -111,8 +135,12 @@ def _new_cases(
         left_out: takes what belongs to no sample.
     """
     channels = job.preparation.channels
-    sessions = groupby(volumes, key=lambda volume: volume[0][1:4]) if channels else ((None, [v]) for v in volumes)
-    for _, session in sessions:
+
+    def session_of(volume: tuple[Source, Fetch]) -> tuple[str, ...]:
+        source, _ = volume
+        return source[1:4] if channels and source.subject else (source.path,)
+
+    for _, session in groupby(volumes, key=session_of):
         fetches = dict(session)
         cases, others = grouped([*fetches], channels) if channels else ([tuple(fetches)], [])
         left_out.extend(others)

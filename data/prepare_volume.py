@@ -92,7 +92,7 @@ def prepare_case(
     Returns:
         Their rows of the manifest; with the reason, where one cannot be used.
     """
-    contents = [fetch and _patiently(fetch, source.path) for source, fetch in zip(sources, fetches or repeat(None))]
+    contents = [fetch and patiently(fetch, source.path) for source, fetch in zip(sources, fetches or repeat(None))]
     rows = [_row(source, job, content) for source, content in zip(sources, contents)]
     case = case_of(rows) if job.preparation.channels else None
     rules = job.preparation.intensity, job.preparation.intensity_of_ct
@@ -115,7 +115,8 @@ def prepare_case(
     for number, image in images.items():
         source, row, box = sources[number], rows[number], around(boxes) if boxes else None
         try:
-            done = prepare(image.voxels, image.spacing, job.spacing, *rules, source.modality, box)
+            spacing = images[min(images)].spacing  # of all: what rounding tells apart must not end in other shapes
+            done = prepare(image.voxels, spacing, job.spacing, *rules, source.modality, box)
             row["modality"] = source.modality or ("CT" if done.is_ct else None)  # if the values alone tell it
             name = _file_name(source.path, row, job)
             if source.label and source.label not in labels:
@@ -172,7 +173,7 @@ def _reason(error: BadVolume) -> dict[str, Any]:
 def _read(source: Source, job: Job, content: bytes | None) -> Image:
     file, number = file_of(source.path)
     where = job.root / file if content is None else image_of(content)
-    image = _patiently(partial(read_image, where, job.preparation.orientation, number), source.path)
+    image = patiently(partial(read_image, where, job.preparation.orientation, number), source.path)
     if is_label_map(image.voxels):
         raise NotAnImage("a map of labels or a mask: few whole numbers, the same over whole regions")
     return image
@@ -212,7 +213,7 @@ def _save_volume(job: Job, image: Image, done: Prepared, name: str) -> dict[str,
 def _save_label(source: Source, job: Job, image: Image, done: Prepared, name: str) -> dict[str, Any]:
     path = (job.labels or job.root) / source.label
     try:
-        label = _patiently(partial(read_image, path, job.preparation.orientation), source.label)
+        label = patiently(partial(read_image, path, job.preparation.orientation), source.label)
         if label.shape != image.shape or not np.allclose(label.affine, image.affine, atol=1e-2):
             raise BadVolume(f"it has {label.shape} voxels placed otherwise than the image's {image.shape}")
         labels = prepare_labels(label.voxels, done.box, done.voxels.shape)
@@ -240,7 +241,12 @@ def _save(array: np.ndarray, file: Path, packed: bool) -> tuple[str, int]:
     return tuple(found)
 
 
-def _patiently(read: Callable[[], Read], name: str) -> Read:
+def patiently(read: Callable[[], Read], name: str) -> Read:
+    """What `read` returns; a disk or a network that fails is asked again, after a pause.
+
+    Raises:
+        OSError: if all was in vain; it has the name.
+    """
     for pause in (*RETRIES, None):
         try:
             return read()

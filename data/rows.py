@@ -1,50 +1,14 @@
-"""Rows of a streamed data set as volumes in memory: read patiently, prepared as those of a folder are."""
+"""Rows of a streamed data set as volumes in memory, prepared as those of a folder are."""
 
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from .manifest import Preparation
 from .nifti import image_of, read_image
-from .prepare_volume import RETRIES
 from .sources import Source
 from .stored_volume import HeldVolume
 from .volume import NotAnImage, is_label_map, prepare
-
-if TYPE_CHECKING:
-    from .hub import HubDataset, HubFolder  # imports pandas, and much else
-
-
-def read_patiently(
-    data: "HubDataset | HubFolder", number: int, wanted: Sequence[int]
-) -> Iterator[tuple[Source, bytes]]:
-    """The wanted rows of a file of rows; one that cannot be read is asked for again, after a pause.
-
-    Args:
-        number, wanted: see `HubDataset.read`.
-
-    Raises:
-        OSError: if all was in vain; it names the row.
-    """
-    rows, pauses = data.read(number, wanted), iter(RETRIES)
-    while True:
-        try:
-            if (found := next(rows, None)) is None:
-                return
-            source, content = found[0], found[1]()
-        except Exception as error:  # of the network, of one of the libraries between, of a damaged file
-            if (pause := next(pauses, None)) is None:
-                place = f"{data.name}/{data.place(number, wanted[0])}"
-                why = (str(error).splitlines() or [type(error).__name__])[0]
-                message = f"{place} cannot be read ({why}): go on from the last checkpoint, with --resume auto"
-                raise OSError(message) from error
-            time.sleep(pause)
-            rows = data.read(number, wanted)
-            continue
-        yield source, content
-        wanted, pauses = wanted[1:], iter(RETRIES)
 
 
 def prepare_row(source: Source, content: bytes, how: Preparation) -> HeldVolume:

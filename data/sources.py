@@ -18,6 +18,7 @@ LABEL_STEM = re.compile(
 )
 LOCALIZER = re.compile(r"(?<![^\W\d_])(locali[sz]er|scout|survey)(?![^\W\d_])", re.IGNORECASE)  # no letter beside it
 CHANNEL = re.compile(r"(?<=.)_(\d{4})$")  # nnU-Net's, at the end of a stem
+NOT_INCLUDED, EXCLUDED = "not in data.include", "in data.exclude"  # why something is left out
 RUN = re.compile(r"(?<=.)_(run[-_]?)?\d+$")
 
 LeftOut = list[tuple[str, str]]  # path, and why
@@ -104,9 +105,9 @@ def choose(
     sources, left_out = [], [*left_out]
     for one in found:
         if include and not _matches(one.path, include):
-            left_out.append((one.path, "not in data.include"))
+            left_out.append((one.path, NOT_INCLUDED))
         elif _matches(one.path, exclude):
-            left_out.append((one.path, "in data.exclude"))
+            left_out.append((one.path, EXCLUDED))
         else:
             sources.append(one)
     if not sources:

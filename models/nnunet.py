@@ -34,8 +34,9 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
             f"{config.preprocessing['orientation']}: choose its spacing by hand there",
             stacklevel=2,
         )
-    if otherwise := normalises_otherwise(config):
-        warnings.warn(otherwise, stacklevel=2)
+    for words in (normalises_otherwise(config), turns_otherwise(config)):
+        if words:
+            warnings.warn(words, stacklevel=2)
     style = "noresample" if spacing is None else "onemmiso" if spacing == [1.0, 1.0, 1.0] else "fixed"
     resampling = {"order_z": 1, "force_separate_z": None}
     configuration = {
@@ -80,6 +81,16 @@ def normalises_otherwise(config: PretrainedConfig) -> str | None:
         theirs += "; CTNormalization, the nearest that it has, clips to percentiles of the data set's foreground and "
         theirs += "scales by its mean and standard deviation, not by fixed numbers"
     return f"nnU-Net normalises otherwise than this encoder was trained with ({steps['normalisation']}): {theirs}"
+
+
+def turns_otherwise(config: PretrainedConfig) -> str | None:
+    """What to say where crops of the pretraining have their volume's coarsest axis last."""
+    if not config.preprocessing.get("coarsest_last"):
+        return None
+    return (
+        "this encoder was trained on crops whose last axis is the volume's coarsest; nnU-Net moves that of a data set "
+        "first (transpose_forward), and leaves others as they are"
+    )
 
 
 def _normalization(config: PretrainedConfig) -> str:

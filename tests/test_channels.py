@@ -112,6 +112,17 @@ def test_what_is_not_on_the_grid_of_the_first_is_left_out(study, tmp_path):
     assert [volume.present.tolist() for volume in ready] == [[True, False]] * 3 + [[False, True]]
 
 
+def test_what_rounding_tells_apart_is_one_grid(tmp_path):
+    """41 voxels of 0.5 mm are 20 or 21 of 1 mm, by the last digit of the header."""
+    for modality, mm in (("T1w", 0.5), ("FLAIR", 0.50000006)):
+        save_nifti(scan(tmp_path / "study", 0, modality), blobs(0, (41, 41, 41)), (mm, mm, mm))
+    (volume,) = prepared(tmp_path / "study", tmp_path / "ready", channels=CHANNELS)
+    assert volume[:, :, :].shape == (2, *volume.shape)
+    processor = VolumeImageProcessor(channels=CHANNELS)
+    images = {modality: scan(tmp_path / "study", 0, modality) for modality in CHANNELS}
+    assert processor.prepare(images).shape == (2, *volume.shape)
+
+
 def test_a_contrast_that_is_added_changes_its_patient_alone(study, ready, tmp_path):
     before = {name: row["file"] for name, row in rows(tmp_path / "ready").items()}
     save_nifti(scan(study, 2, "FLAIR"), 2 * contrast(2, "T1w"))
@@ -192,9 +203,12 @@ def test_the_processor_gives_what_was_trained_on(study, ready, tmp_path):
     missing = {"flair": scan(study, 3, "FLAIR")}
     assert np.array_equal(processor.prepare(missing).astype(np.float16), ready[3][:, :, :])
     assert processor([images, missing])["pixel_values"].shape == (2, 2, 24, 24, 24)
-    for wrong in (scan(study, 0, "T1w"), {"PD": scan(study, 0, "T1w")}, {}):
+    for wrong in (scan(study, 0, "T1w"), {"PD": scan(study, 0, "T1w")}, {"T1w": None}, {}):
         with pytest.raises(ValueError, match=r"reads channels: give \{'T1w': \.\.\., 'FLAIR': \.\.\.\}"):
             processor(wrong)
     other = save_nifti(tmp_path / "other.nii.gz", blobs(0, (20, 20, 20)))
-    with pytest.raises(ValueError, match="on one grid"):
-        processor({"T1w": other, "FLAIR": scan(study, 0, "FLAIR")})
+    moved = nib.load(scan(study, 0, "T1w"))
+    moved = nib.Nifti1Image(moved.dataobj, moved.affine + np.eye(4, k=3) * 50)
+    for wrong in (other, moved):
+        with pytest.raises(ValueError, match="on one grid"):
+            processor({"T1w": wrong, "FLAIR": scan(study, 0, "FLAIR")})

@@ -205,6 +205,35 @@ def test_files_are_chosen_as_those_of_a_folder_are():
         HubFolder("org/data", "0" * 40, files, include=["*.mgz"])
 
 
+def test_what_is_chosen_later_is_prepared_then(tmp_path, monkeypatch):
+    files = {f"{modality}/sub-{n}_{modality}.nii.gz": n for n in range(3) for modality in ("FLAIR", "T1w")}
+    content = save_nifti(tmp_path / "a.nii.gz", blobs(1)).read_bytes()
+    monkeypatch.setattr("data.hub._download", lambda url: content)
+
+    def prepare_chosen(folder, channels=(), **chosen):
+        dataset = HubFolder("org/data", "0" * 40, [*files], **chosen)
+        job = Job(tmp_path / folder, dataset.root, Preparation("RAS", MM, channels=channels))
+        assert prepare_streamed(dataset, job, workers=1) == 0
+        return PreparedVolumes(read_manifest(job.folder))
+
+    assert len(prepare_chosen("one", include=["*_T1w.nii.gz"])) == 3
+    assert len(prepare_chosen("one")) == 6
+    assert len(prepare_chosen("one", exclude=["*sub-0*"])) == 4
+    together = prepare_chosen("two", ("T1w", "FLAIR"))  # though they are in other folders
+    assert [volume.present.all() for volume in together] == [True] * 3
+    with pytest.raises(ValueError, match="no volume is PD"):
+        prepare_chosen("three", ("T1w", "PD"))
+
+
+def test_another_state_of_a_data_set_is_refused(tmp_path):
+    folder = table(tmp_path / "rows")
+    job = Job(tmp_path / "ready", str(folder), RAS)
+    assert prepare_streamed(open_dataset(str(folder)), job, workers=1) == 0
+    (folder / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="as it was before: choose another folder"):
+        prepare_streamed(open_dataset(str(folder)), job, workers=1)
+
+
 def test_files_that_a_table_names_are_rows(hub, tmp_path):
     save_nifti(tmp_path / "data" / "train" / "sub-01_T1w.nii.gz", blobs(1))
     save_nifti(tmp_path / "data" / "train" / "b.nii.gz", blobs(2))

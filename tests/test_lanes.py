@@ -56,8 +56,9 @@ def streamed(tmp_path_factory, image):
             for file, size in enumerate(rows_of_files):
                 rows = []
                 for number in islice(numbers, size):
-                    content = (others or {}).get(number) or image(blobs(number, (24, 24, 24)))
-                    rows.append({"scan": {"path": f"{number}.nii", "bytes": content}, "subject": f"s{number // 2:03}"})
+                    content = others[number] if number in (others or {}) else image(blobs(number, (24, 24, 24)))
+                    scan = None if content is None else {"path": f"{number}.nii", "bytes": content}
+                    rows.append({"scan": scan, "subject": f"s{number // 2:03}"})
                 path = known[key] / f"train-{file:05}.parquet"
                 datasets.Dataset.from_list(rows, FEATURES).to_parquet(path, batch_size=3)
         return HubDataset(str(known[key]), fewest)
@@ -244,6 +245,18 @@ def test_what_is_no_volume_is_passed_over_and_bad_ones_are_named(streamed, image
     assert len(groups) == 12  # all subjects: each has a good volume
 
 
+def test_a_row_without_a_volume_is_a_bad_one(streamed):
+    """Also for the count of rows, by which a run goes on."""
+    lanes = lanes_of(streamed(*(3,) * LANES, others={n: None for n in range(0, 24, 3)}), buffer=2, samples_per_volume=2)
+    expected = batches_of(lanes, last=3 * ROUNDS)
+    assert any("cannot be used" in line for batch in expected for line in batch["unreadable"])
+    state = first_state(LANES, 2)
+    for number, batch in enumerate(expected):
+        if number in (2, 5, 9):
+            assert_same(batches_of(lanes, number, 3 * ROUNDS, state), expected[number:])
+        state = put_state(state, batch["lanes"], number)
+
+
 def test_subjects_that_are_left_out_are(streamed, seen):
     data = streamed(*(2,) * LANES)
     lanes = lanes_of(data, leave_out=("s00[0-3]", f"{data.name}/s006"))
@@ -269,22 +282,22 @@ def test_a_subject_has_one_number_of_63_bits():
 
 def failing(data, times):
     """The data set, whose rows from the third of a file on fail so many times."""
-    read, left = data.read, [times]
+    rows_from, left = data.rows_from, [times]
 
-    def fail(number, wanted):
-        for source, content in read(number, wanted):
-            if int(source.path.split("/")[2]) >= 2 and left[0]:
+    def fail(number, start):
+        for index, row in rows_from(number, start):
+            if index >= 2 and left[0]:
                 left[0] -= 1
                 raise ConnectionError("the network is down\nand more")
-            yield source, content
+            yield index, row
 
-    data.read = fail
+    data.rows_from = fail
     return data
 
 
 def test_a_network_that_fails_is_asked_again(streamed, monkeypatch):
     pauses = []
-    monkeypatch.setattr(data.rows.time, "sleep", pauses.append)
+    monkeypatch.setattr(data.hub.time, "sleep", pauses.append)
     lanes = lanes_of(streamed(*(4,) * LANES))
     expected = batches_of(lanes)
     again = replace(lanes, data=failing(HubDataset(lanes.data.root), 2))
@@ -294,9 +307,9 @@ def test_a_network_that_fails_is_asked_again(streamed, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_row_that_cannot_be_read_is_named(streamed, monkeypatch, workers):
-    monkeypatch.setattr(data.rows, "RETRIES", (0.0, 0.0))
+    monkeypatch.setattr(data.hub, "RETRIES", (0.0, 0.0))
     lanes = lanes_of(failing(streamed(*(4,) * LANES), 1000))
-    with pytest.raises(OSError, match=r"streamed\d+/train/0000\d/000002 cannot be read \(the network is down\): go on"):
+    with pytest.raises(OSError, match=r"streamed\d+/train/0000\d/000002 cannot be read \(the network is down\)"):
         batches_of(lanes, workers=workers)
 
 
@@ -313,11 +326,9 @@ def test_the_state_of_other_lanes_is_refused(streamed):
 @pytest.mark.parametrize("files", [(2, 1), (1,) * 9])
 def test_a_data_set_without_a_usable_volume_is_an_error(streamed, files):
     lanes = lanes_of(streamed(*files, others=dict.fromkeys(range(9), b"nothing")))
-    with pytest.raises(
-        ValueError, match=r"streamed\d+: no usable volume in \d+ of its \d files .*\.nii cannot be used"
-    ):
+    with pytest.raises(OSError, match=r"streamed\d+: no usable volume in \d+ of its \d files .*\.nii cannot be used"):
         batches_of(lanes)
-    with pytest.raises(ValueError, match=r"left out$"):
+    with pytest.raises(OSError, match=r"left out$"):
         batches_of(lanes_of(streamed(*files), leave_out=("*",)))
 
 
@@ -354,7 +365,7 @@ def test_a_data_set_that_has_changed_is_noticed(streamed):
     for number, batch in enumerate(batches_of(lanes, last=8)):
         state = put_state(state, batch["lanes"], number)
     for files in ((1,) * 9, (4,)):
-        with pytest.raises(ValueError, match="is no longer what it was"):
+        with pytest.raises(OSError, match="is no longer what it was"):
             batches_of(replace(lanes, data=streamed(*files)), 8, 30, state)
 
 

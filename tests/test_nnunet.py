@@ -201,7 +201,8 @@ def test_the_plan_is_the_one_the_consumers_read():
 def test_the_plan_of_volumes_with_their_own_spacing_leaves_it_to_nnunet():
     encoder = primus(**TINY_PRIMUS, num_channels=2)
     encoder.config.preprocessing |= {"spacing": "native", "channels": ["T1w", "FLAIR"], "coarsest_last": True}
-    plan = adaptation_plan(encoder.config, "run")
+    with pytest.warns(UserWarning, match="whose last axis is the volume's coarsest"):
+        plan = adaptation_plan(encoder.config, "run")
     assert plan["pretrain_num_input_channels"] == 2
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
     assert configuration["spacing_style"] == "noresample"

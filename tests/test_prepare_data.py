@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, blobs, prepared, save_nifti
-from test_prepare import files, rows
+from test_prepare import RAS, files, rows
 
 import prepare_data
+from data.journals import Journal
 from data.manifest import read_manifest
 from data.prepare_folder import prepare_folder
-from data.prepare_volume import Job
+from data.prepare_volume import Job, prepare_case
 from data.sources import find_sources
 from data.store import PreparedVolumes
 from data.volume import prepare
@@ -98,6 +99,28 @@ def test_what_a_kill_left_half_written_is_removed_when_it_is_old(tmp_path, volum
     os.utime(old, (0, 0))
     prepared(volumes, tmp_path / "ready")
     assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_what_others_do_meanwhile_is_not_lost(tmp_path):
+    """Labels come later: all volumes have rows already, so that the first of two shards to end completes the folder."""
+    for number in range(4):
+        save_nifti(tmp_path / "imagesTr" / f"{number}.nii.gz", blobs(number, (20, 22, 18)))
+    prepared(tmp_path, tmp_path / "ready")
+    labels = tmp_path / "labels"
+    for number in range(4):
+        save_nifti(labels / f"{number}.nii.gz", (blobs(number, (20, 22, 18)) > 500).astype(np.uint8))
+    listing = find_sources(tmp_path, labels=labels)
+    job = Job(tmp_path / "ready", listing.root, RAS, labels=labels)
+    second, fourth = (prepare_case([listing.sources[number]], job)[0] for number in (1, 3))
+    with Journal(job) as other:
+        other.write(second)
+        assert prepare_folder(listing, job, workers=1, shard=(0, 2)) == 0
+        other.write(fourth)
+    before = files(tmp_path / "ready")
+    assert prepare_folder(listing, job, workers=1, shard=(1, 2)) == 0
+    assert files(tmp_path / "ready") == before
+    assert all(row["label"] for row in rows(tmp_path / "ready").values() if row["file"])
+    assert not [*(tmp_path / "ready").rglob("*.jsonl"), *(tmp_path / "ready").rglob("*.open")]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import prepared
 from scipy.ndimage import map_coordinates
 
+from data.manifest import read_manifest
 from data.stored_volume import HeldVolume
 from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
 from training.command_line import exit_code
@@ -149,6 +151,32 @@ def test_a_loader_process_that_dies_is_said_in_one_line(stream, capfd):
     assert exit_code("train.py", train) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert re.fullmatch(r"train.py: a loader process ended \(.*\), perhaps for want of memory: .*", line)
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "said"),
+    [
+        (
+            lambda: read_manifest(Path("nowhere")),
+            2,
+            "train.py: nowhere/manifest.parquet is missing: run",
+        ),
+        (lambda: torch.stack([torch.zeros(1), torch.zeros(2)]), 1, "stack expects each tensor to be equal size"),
+        (lambda: np.stack([np.zeros(1), np.zeros(2)]), 1, "all input arrays must have the same shape"),
+    ],
+)
+def test_an_error_of_a_loader_process_is_one_line_if_it_is_for_the_user(make, code, said, capfd):
+    class Failing(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            return make()
+
+    def train():
+        next(iter(torch.utils.data.DataLoader(Failing(), sampler=[0], num_workers=1)))
+
+    assert exit_code("train.py", train) == code
+    errors = capfd.readouterr().err
+    assert said in errors
+    assert ("Traceback" in errors) == (code == 1)
 
 
 @pytest.mark.parametrize(("ranks", "workers", "accumulate"), [(1, 0, 1), (2, 0, 1), (2, 2, 1), (2, 0, 2)])

@@ -64,6 +64,7 @@ def test_a_streamed_run_is_the_same_on_any_ranks_and_taken_up_anywhere(rows, tmp
             np.testing.assert_allclose(one[key], two[key], rtol=2e-4)
     records = read_metrics(tmp_path / "one" / "metrics.jsonl")
     unreadable = [line for record in records for line in record.get("unreadable", [])]
+    assert unreadable
     assert all("cannot be used (not a readable NIfTI file" in line for line in unreadable)
     for run, ranks in (("one", 1), ("one", 2)):
         output = tmp_path / f"{run}_{ranks}"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -35,15 +36,13 @@ def exit_code(script: str, main: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code or 0
     except Exception as error:
-        died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        ours = isinstance(error, (ValueError, OSError, FloatingPointError)) and is_for_the_user(error)
-        if not (ours or died):
+        of_a_loader = words_of_a_loader(error)
+        if not of_a_loader and not is_for_the_user(error):
             traceback.print_exc()
             return 1
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or died or isinstance(error, OSError):  # other errors are the same on all ranks
-            words = LOADER_DIED.format(str(error).splitlines()[0]) if died else error
-            print(f"{Path(script).name}: {words}", file=sys.stderr)
+        if rank == "0" or of_a_loader or isinstance(error, OSError):  # other errors are the same on all ranks
+            print(f"{Path(script).name}: {of_a_loader or error}", file=sys.stderr)
         else:
             time.sleep(LAST_WORDS)
         return 2
@@ -52,6 +51,23 @@ def exit_code(script: str, main: Callable[[], None]) -> int:
 
 def is_for_the_user(error: BaseException) -> bool:
     """Whether an error is this project's own word, or a disk's; anything else is a bug and shows where it came from."""
-    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    ours = place.is_relative_to(HERE) and "site-packages" not in place.parts
+    if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return False
+    ours = _is_ours(traceback.extract_tb(error.__traceback__)[-1].filename)
     return ours or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+
+
+def words_of_a_loader(error: BaseException) -> str | None:
+    """What to say of an error of a loader process that is for the user; torch puts it into a traceback of its own."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+        return LOADER_DIED.format(text.splitlines()[0])
+    if not (isinstance(error, (ValueError, OSError)) and "in DataLoader worker process" in text):
+        return None
+    *_, place = re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)
+    return text.rstrip().splitlines()[-1].partition(": ")[2] if _is_ours(place) else None
+
+
+def _is_ours(file: str) -> bool:
+    place = Path(file).resolve()
+    return place.is_relative_to(HERE) and "site-packages" not in place.parts

@@ -5,7 +5,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from models import architecture
-from models.nnunet import normalises_otherwise
+from models.nnunet import normalises_otherwise, turns_otherwise
 
 from .intensity_in_words import CTS, rules_of, steps_of
 
@@ -188,8 +188,9 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     mode = "no_resample" if native else "like_pretrained"
     plan = f"ptPlans__{name}____Spacing__{spacing}___Norm__Z"
     source = f"https://huggingface.co/{where}" if on_hub else f"{where}/checkpoint_final.pth"
-    otherwise = normalises_otherwise(config)
+    otherwise, turned = normalises_otherwise(config), turns_otherwise(config)
     note = f"\n\nIntensities: {otherwise}." if otherwise else ""
+    note += f"\n\nAxes: {turned}." if turned else ""
     released = ""
     if names.decoder:
         decoder = "pretrained too" if has_decoder else "freshly initialised"

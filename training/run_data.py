@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.rows import is_left_out, subject_of
 from data.split import split_by_subject
 from data.store import PreparedVolumes
 
@@ -54,6 +55,10 @@ def _open_stream(
     dataset = from_main_rank(group, lambda: open_dataset(str(launch.data), *chosen, fewest=lanes_of(recipe)))
     if dataset.volumes_a_row > 1:
         raise ValueError(f"--stream: {launch.data} has several volumes a row: run prepare_data.py on it first")
+    subjects = {subject_of(source) for source in dataset.sources()}
+    for pattern in recipe.data.leave_out:
+        if subjects and not any(is_left_out(subject, [pattern]) for subject in subjects):
+            raise ValueError(f"data.leave_out {pattern!r} fits none of the {len(subjects)} subjects of {launch.data}")
     streamed = StreamedData(dataset, recipe, torch.distributed.get_rank(), torch.distributed.get_world_size())
     say(f"stream      {streamed.words()}")
     say("            none are kept for validation: held out are other crops of the first volumes")

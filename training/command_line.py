@@ -62,6 +62,8 @@ def words_of_a_loader(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
         return LOADER_DIED.format(text.splitlines()[0])
+    if any(Path(frame.filename).name == "resource_sharer.py" for frame in traceback.extract_tb(error.__traceback__)):
+        return LOADER_DIED.format("a batch that it had ready is gone with it")
     if not (isinstance(error, (ValueError, OSError)) and "in DataLoader worker process" in text):
         return None
     *_, place = re.findall(r'^  File "(.+?)", line', text, re.MULTILINE)

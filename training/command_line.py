@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 LAST_WORDS = 5.0  # seconds that the first rank gets to speak: launchers end it when another has ended
-LOADER_DIED = (  # torch's signal handler says it wherever the main process is by then
+LOADER_DIED = (
     "a loader process ended ({}), perhaps for want of memory: lower run.workers or give the job more, and go on from "
     "the last checkpoint with --resume auto"
 )
@@ -36,17 +37,26 @@ def exit_code(script: str, main: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code or 0
     except Exception as error:
-        of_a_loader = words_of_a_loader(error)
-        if not of_a_loader and not is_for_the_user(error):
-            traceback.print_exc()
-            return 1
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or of_a_loader or isinstance(error, OSError):  # other errors are the same on all ranks
-            print(f"{Path(script).name}: {of_a_loader or error}", file=sys.stderr)
-        else:
-            time.sleep(LAST_WORDS)
-        return 2
+        try:
+            return _say(script, error)
+        except RuntimeError as later:  # torch's signal handler tells of a dead loader wherever we are by then
+            return _say(script, later)
     return 0
+
+
+def _say(script: str, error: Exception) -> int:
+    """Print an error; the exit code that it is worth."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one word of a dead loader is enough
+    of_a_loader = words_of_a_loader(error)
+    if not of_a_loader and not is_for_the_user(error):
+        traceback.print_exception(error)
+        return 1
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or of_a_loader or isinstance(error, OSError):  # other errors are the same on all ranks
+        print(f"{Path(script).name}: {of_a_loader or error}", file=sys.stderr)
+    else:
+        time.sleep(LAST_WORDS)
+    return 2
 
 
 def is_for_the_user(error: BaseException) -> bool:

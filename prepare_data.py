@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of all volumes, whatever their names and indexes say, such as CT: data.intensity_of_ct is theirs",
     )
     add("--split-series", action="store_true", help="take the volumes of 4D files, which are left out otherwise")
-    add("--packed", action="store_true", help="a third smaller, and slower to read (blosc2): for slow or small disks")
+    add("--packed", action="store_true", help="up to a third smaller, slower to read (blosc2): for slow or small disks")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="prepare the share I, from 0, of N")
     add("--workers", type=int, help="processes (default: one a core, as far as memory goes)")
     add("--verify", action="store_true", help="prepare again what no longer has the checksum that it had")

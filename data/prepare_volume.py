@@ -49,7 +49,7 @@ class Job:
     folder: Path
     root: Path | str  # of the sources: a folder, or the name of a streamed data set
     preparation: Preparation
-    packed: bool = False  # a third smaller, slower to read
+    packed: bool = False  # a quarter to a third smaller, slower to read
     labels: Path | None = None  # folder of the maps of labels that go with the sources
     median: tuple[float, float, float] | None = None  # spacing in mm, where that is what volumes are resampled to
 

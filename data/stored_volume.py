@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-PACKED = ".b2nd"  # a third smaller, about three times slower to read; needs blosc2
+PACKED = ".b2nd"  # a quarter to a third smaller, several times slower to read; needs blosc2
 CHUNK, BLOCK = 64, 32  # voxels an edge that are packed together, and that are unpacked at least
 
 Read = TypeVar("Read")

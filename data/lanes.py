@@ -20,8 +20,9 @@ import numpy as np
 
 from .manifest import Preparation
 from .prepare_volume import patiently
-from .rows import is_left_out, number_of, prepare_row, subject_of
+from .rows import number_of, prepare_row, subject_of
 from .sources import Source
+from .split import is_left_out
 from .stored_volume import HeldVolume
 from .stream import SampleStream
 from .volume import BadVolume, NotAnImage

@@ -1,8 +1,6 @@
 """Rows of a streamed data set as volumes in memory, prepared as those of a folder are."""
 
 import hashlib
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from .manifest import Preparation
 from .nifti import image_of, read_image
@@ -35,8 +33,3 @@ def subject_of(source: Source) -> str:
 def number_of(subject: str) -> int:
     """The same number of 63 bits wherever a subject is met; two of a billion hardly ever share one."""
     return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") >> 1
-
-
-def is_left_out(subject: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns fits a subject, as in `split_by_subject`."""
-    return any(fnmatchcase(subject, p) or fnmatchcase(subject.rpartition("/")[2], p) for p in patterns)

@@ -21,6 +21,11 @@ class Split(NamedTuple):
     subjects: tuple[int, int, int]  # how many are trained on, kept for validation, and left out
 
 
+def is_left_out(subject: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns fits a subject, named as in `Manifest.subjects`, or the last part of its name."""
+    return any(fnmatchcase(subject, p) or fnmatchcase(subject.rpartition("/")[2], p) for p in patterns)
+
+
 def split_by_subject(manifest: Manifest, validation_share: float, leave_out: Sequence[str]) -> Split:
     """Keep some subjects for validation, chosen by a hash of their names, and leave others out altogether.
 
@@ -35,8 +40,7 @@ def split_by_subject(manifest: Manifest, validation_share: float, leave_out: Seq
     """
     names, of = manifest.subjects
     matched = {
-        p: {i for i, n in enumerate(names) if fnmatchcase(n, p) or fnmatchcase(n.rpartition("/")[2], p)}
-        for p in leave_out
+        pattern: {number for number, name in enumerate(names) if is_left_out(name, [pattern])} for pattern in leave_out
     }
     for pattern, found in matched.items():
         if not found:

@@ -22,7 +22,8 @@ from data.hub import HubDataset
 from data.lane_loader import first_state, join_states, make_lane_loader, put_state, state_of_rank
 from data.lanes import Lanes
 from data.manifest import Preparation
-from data.rows import is_left_out, number_of
+from data.rows import number_of
+from data.split import is_left_out
 from data.stored_volume import HeldVolume
 from data.stream import MicroBatches
 

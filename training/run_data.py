@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from data.rows import is_left_out, subject_of
-from data.split import split_by_subject
+from data.rows import subject_of
+from data.split import is_left_out, split_by_subject
 from data.store import PreparedVolumes
 
 from .launch import Launch

@@ -38,7 +38,7 @@ class StreamedData:
     """What a run needs of a streamed data set; all ranks have one, of the first rank's `dataset`.
 
     Args:
-        dataset: of `open_dataset(name, lanes_of(recipe))`.
+        dataset: of `open_dataset(name, ..., fewest=lanes_of(recipe))`.
     """
 
     def __init__(self, dataset: "HubDataset | HubFolder", recipe: Recipe, rank: int, ranks: int):

@@ -32,11 +32,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import PositiveInt, model_validator
 
+from data.stored_volume import Volume
 from data.stream import Batch, SampleStream, render
-from data.views import least_shared
+from data.views import alignment_points, least_shared, sample_views
 from losses.baselines import reconstruction_baselines
 from losses.consistency import CONSISTENCIES
 from losses.cva import TERMS, cva_objective
@@ -151,16 +153,16 @@ def build_model(recipe: CVARecipe) -> ConsistentViewAlignment:
     return ConsistentViewAlignment(student, objective, terms, teacher, *heads, recipe.train.precision)
 
 
+def draw_views(rng: np.random.Generator, volumes: Sequence[Volume], shared, own, views: Views) -> np.ndarray:
+    return sample_views(rng, volumes[0].shape, views.crop_size, views.overlap, views.overhang, shared, own)
+
+
 def build_stream(volumes: Sequence, recipe: CVARecipe) -> SampleStream:
-    return SampleStream(
-        volumes,
-        recipe.seed,
-        **recipe.views.model_dump(),
-        intensity=recipe.intensity.chances(),
-        mask_block=recipe.mask.block,
-        mask_ratio=recipe.mask.ratio,
-        feature_stride=(recipe.model.dense_stride,) * 3,
-    )
+    views, stride = recipe.views, (recipe.model.dense_stride,) * 3
+    sizes = {"cells": views.cells, "samples_per_cell": views.samples_per_cell, "feature_stride": stride}
+    compare = partial(alignment_points, crop_size=views.crop_size, **sizes)
+    draw = partial(draw_views, views=views)
+    return SampleStream(volumes, recipe.seed, **recipe.of_stream(), views=2, draw=draw, compare=compare)
 
 
 def make_batch(samples: dict, device: torch.device, recipe: CVARecipe) -> Batch:

@@ -36,40 +36,42 @@ def draw_around_one(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * place
 
 
-def draw_intensity(seed: tuple[int, ...], chances: Mapping[str, tuple[float, tuple[float, float]]]) -> torch.Tensor:
-    """What to change in the two views of a sample. Each change is drawn apart: another one moves none of its numbers.
+def draw_intensity(
+    seed: tuple[int, ...], chances: Mapping[str, tuple[float, tuple[float, float]]], views: int = 2
+) -> torch.Tensor:
+    """What to change in the views of a sample. Each change is drawn apart: another one moves none of its numbers.
 
     Args:
         seed: of the sample.
         chances: probability and range of each change; one that is absent is not made. "low_resolution" is a zoom
-            factor, one for both views; "noise_std" is the standard deviation of Gaussian or Rician noise, as likely
+            factor, one for all views; "noise_std" is the standard deviation of Gaussian or Rician noise, as likely
             the one as the other (batchgenerators calls it a variance); "blur" is a standard deviation in voxels;
             "brightness", "contrast", "inverted_gamma" and "gamma" are factors and exponents, the last three drawn
             around one.
 
     Returns:
-        `[2, len(NAMES)]` float64: one row a view, NaN where a change is not applied.
+        `[views, len(NAMES)]` float64: one row a view, NaN where a change is not applied.
     """
 
     def generator(name):
         return np.random.default_rng((*seed, zlib.crc32(name.encode())))
 
-    def twice(name, draw=np.random.Generator.uniform):
+    def of_each(name, draw=np.random.Generator.uniform):
         rng, (probability, limits) = generator(name), chances.get(name, (0.0, (0.0, 0.0)))
-        drawn = [(rng.random(), draw(rng, *limits)) for _ in range(2)]
+        drawn = [(rng.random(), draw(rng, *limits)) for _ in range(views)]
         return [value if chance < probability else math.nan for chance, value in drawn]
 
-    std, gaussian = twice("noise_std"), generator("kind of noise").random(2) < 0.5
+    std, gaussian = of_each("noise_std"), generator("kind of noise").random(views) < 0.5
     columns = {
-        "low_resolution": twice("low_resolution")[:1] * 2,
+        "low_resolution": of_each("low_resolution")[:1] * views,
         "gaussian_noise": np.where(gaussian, std, math.nan),
         "rician_noise": np.where(gaussian, math.nan, std),
-        "blur": twice("blur"),
-        "brightness": twice("brightness"),
-        "contrast": twice("contrast", draw_around_one),
-        "inverted_gamma": twice("inverted_gamma", draw_around_one),
-        "gamma": twice("gamma", draw_around_one),
-        "noise_key": generator("noise_key").integers(2**32, size=2),
+        "blur": of_each("blur"),
+        "brightness": of_each("brightness"),
+        "contrast": of_each("contrast", draw_around_one),
+        "inverted_gamma": of_each("inverted_gamma", draw_around_one),
+        "gamma": of_each("gamma", draw_around_one),
+        "noise_key": generator("noise_key").integers(2**32, size=views),
     }
     return torch.tensor(np.stack([columns[name] for name in NAMES], axis=1), dtype=torch.float64)
 

@@ -101,7 +101,7 @@ class Lane:
         filled = [number for number, slot in enumerate(self.slots) if slot]
         number = filled[np.random.default_rng((self.lanes.stream.seed, index, SLOT)).integers(len(filled))]
         held = self.slots[number]
-        sample = self.lanes.stream.sample_of(index, held.volume, held.group)
+        sample = self.lanes.stream.sample_of(index, [held.volume], [held.group])
         held.uses += 1
         if held.uses >= self.lanes.samples_per_volume:
             self.slots[number] = None

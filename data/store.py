@@ -90,8 +90,8 @@ class PreparedVolumes(Sequence):
             error.filename = self._path(row)
             raise
 
-    def read(self, number: int, use: Callable[[Volume], Read]) -> Read:
-        """What `use` returns of a volume. One that is gone or short is prepared again where its source is still there;
+    def read(self, numbers: Sequence[int], use: Callable[[list[Volume]], Read]) -> Read:
+        """What `use` returns of volumes. One that is gone or short is prepared again where its source is still there;
         a disk that fails is asked again, after a pause.
 
         Raises:
@@ -99,11 +99,11 @@ class PreparedVolumes(Sequence):
         """
         for pause in (*RETRIES, None):
             try:
-                return use(self[number])
+                return use([self[number] for number in numbers])
             except OSError as error:
                 why, of_the_file = error.strerror or str(error), error.errno in (None, errno.ENOENT)
-                path = error.filename or self.path(number)
-            if self._restore(number):
+                path = error.filename or " or ".join(dict.fromkeys(str(self.path(number)) for number in numbers))
+            if any([self._restore(number) for number in numbers]):
                 continue
             if pause is None or (of_the_file and (self.manifest.folder / NAME).exists()):  # the disk is there
                 break

@@ -5,9 +5,9 @@ read blocks of volumes and draw all random numbers; `render` makes the voxels of
 """
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -17,45 +17,52 @@ from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .store import PreparedVolumes, UnreadableVolume
 from .stored_volume import HeldVolume, Volume
-from .views import alignment_points, draw_turn, sample_views
+from .views import draw_turn, place_in_volume, voxel_spacing
 from .volume import axis_order
 
 # generators of their own: chances of one do not move the rest
 PURPOSES = ("geometry", "turns", "mask", "intensity", "replacement")
 MOST_REPLACEMENTS = 10  # volumes that cannot be read, one after the other
 
+Draw = Callable[[np.random.Generator, Sequence[Volume], np.ndarray, Sequence[np.ndarray]], np.ndarray]
+
 
 class Batch(TypedDict):
-    """What a model is called with: the crops of `B` volumes, stacked `[view 1 of all, view 2 of all]`."""
+    """What a model is called with: `V` views of each of `B` samples, stacked `[view 1 of all, view 2 of all, ...]`."""
 
-    views: torch.Tensor  # [2B, C, X, Y, Z]
-    target: torch.Tensor  # [2B, C, X, Y, Z], what to reconstruct
-    mask: torch.Tensor  # [2B, x, y, z], True where a block is hidden from the student
-    points: torch.Tensor  # [2B, P, S, 3], where to compare: S places for each of P cells, in voxels of each crop; those
-    # of the two views of a volume are the same places
-    inside: torch.Tensor  # [2B, P], whether both views reach a cell
-    present: torch.Tensor  # [2B, C], False where a volume lacks a channel, which is 0 then and no target
-    spacing: torch.Tensor  # [2B, 3], mm between neighbouring voxels of a view, along its axes
-    pair: torch.Tensor  # [2B], the number of the sample, which its two views share
-    group: torch.Tensor  # [2B], of the subject, whose views are no negatives of each other; of one subject, as `pair`
+    views: torch.Tensor  # [VB, C, X, Y, Z]
+    target: torch.Tensor  # [VB, C, X, Y, Z], what to reconstruct
+    mask: torch.Tensor  # [VB, x, y, z], True where a block is hidden from the student
+    present: torch.Tensor  # [VB, C], False where a volume lacks a channel, which is 0 then and no target
+    crop_to_volume: torch.Tensor  # [VB, 3, 4], from voxels of a view to those of the volume that it is cut from
+    spacing: torch.Tensor  # [VB, 3], mm between neighbouring voxels of a view, along its axes
+    place: torch.Tensor  # [VB, 3], mm of a view's centre from the volume's, along the axes of the view
+    pair: torch.Tensor  # [VB], the number of the sample, which its views share
+    group: torch.Tensor  # [VB], of the subject, whose views are no negatives of each other; of one subject, as `pair`
+    points: NotRequired[torch.Tensor]  # [VB, P, S, 3], where to compare two views: S places for each of P cells, in
+    # voxels of each crop; those of the two views of a volume are the same places
+    inside: NotRequired[torch.Tensor]  # [VB, P], whether both views reach a cell
 
 
 class SampleStream(Dataset):
-    """Pairs of views, their masks and the points at which to compare them. Volumes are drawn with replacement.
+    """Views of volumes, their masks, and where they lie. Volumes are drawn with replacement.
 
     Args:
         volumes: prepared ones, or volumes in memory.
         crop_size: voxels, (X, Y, Z).
         coarsest_last: whether the last axis of crops lies along the coarsest axis of a volume (`axis_order`).
-        overlap: range of the fraction of its volume that a crop shares with the other view.
-        overhang: see `sample_views`.
         interpolation: "linear" or "cubic", of views that are turned.
-        shared, independent: chances of mirror, rotation and zoom, for both views together and then for each on its own
+        shared, independent: chances of mirror, rotation and zoom, for all views together and then for each on its own
             (`draw_turn`).
         intensity: chances of changes of intensity (`draw_intensity`).
         mask_block: edge of a masked block in voxels.
         mask_ratio: share of blocks hidden, exactly `int(ratio * blocks)` in each crop.
-        cells, samples_per_cell, feature_stride: see `alignment_points`.
+        views: of a sample.
+        draw: where they lie, all that a method chooses itself: a generator, the sample's volumes, the turn that the
+            views share `[3, 3]` and each view's own -> `crop_to_volume` `[V, 3, 4]`.
+        patients: volumes that a sample is cut from, view `v` from volume `v % patients`; those after the first are
+            others than it, where there are others.
+        compare: `crop_to_volume` of two views -> where to compare them, `points` and `inside` (`alignment_points`).
     """
 
     def __init__(
@@ -64,57 +71,59 @@ class SampleStream(Dataset):
         seed: int,
         crop_size: tuple[int, ...],
         coarsest_last: bool,
-        overlap: tuple[float, float],
-        overhang: float,
         interpolation: str,
         shared: Mapping,
         independent: Mapping,
         intensity: Mapping[str, tuple[float, tuple[float, float]]],
         mask_block: int,
         mask_ratio: float,
-        cells: tuple[int, ...],
-        samples_per_cell: tuple[int, ...],
-        feature_stride: tuple[int, ...],
+        views: int,
+        draw: Draw,
+        patients: int = 1,
+        compare: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     ):
         self.volumes = volumes
         self.seed = seed
         self.crop_size, self.coarsest_last = tuple(crop_size), coarsest_last
-        self.overlap, self.overhang = overlap, overhang
         self.interpolation = interpolation
         self.shared, self.independent = shared, independent
         self.intensity = intensity
         self.mask_grid = tuple(size // mask_block for size in crop_size)
         self.mask_ratio = mask_ratio
-        self.points = {"cells": cells, "samples_per_cell": samples_per_cell, "feature_stride": feature_stride}
+        self.views, self.draw, self.patients, self.compare = views, draw, patients, compare
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Any number is a sample; where its volume cannot be read, it is one of another volume, always the same.
 
         Returns:
-            For the two views, leading `[2]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
-            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `points` `[P, S, 3]`, `inside` `[P]`, `intensity`, `padding`
-            (which blocks are counted from) and `present` `[C]`, `spacing` `[3]`, `pair` (the number of the sample) and
-            `group`; and `unreadable`, a line for each volume that could not be read.
+            For the views, leading `[V]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
+            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `intensity`, `padding` (which blocks are counted from) and
+            `present` `[C]`, `spacing` and `place` `[3]`, `pair` (the number of the sample), `group`, and where views
+            are compared `points` `[P, S, 3]` and `inside` `[P]`; and `unreadable`, a line for each volume that could
+            not be read.
 
         Raises:
             OSError: if nothing can be read.
         """
         geometry, replacements = (np.random.default_rng(self._seed(index, p)) for p in ("geometry", "replacement"))
-        unreadable, number = [], self._draw(geometry)
+        unreadable, numbers = [], self._choose(geometry)
         while len(unreadable) < MOST_REPLACEMENTS:
-            use = partial(self.sample_of, index, group=self._group(index, number))
+            use = partial(self.sample_of, index, groups=[self._group(index, number) for number in numbers])
             try:
                 prepared = isinstance(self.volumes, PreparedVolumes)
-                sample = self.volumes.read(number, use) if prepared else use(self.volumes[number])
+                sample = self.volumes.read(numbers, use) if prepared else use([self.volumes[n] for n in numbers])
                 return sample | {"unreadable": unreadable}
             except UnreadableVolume as error:
                 unreadable.append(f"sample {index}: {error}")
-                number = self._draw(replacements)
+                numbers = self._choose(replacements)
         raise OSError(f"{MOST_REPLACEMENTS} volumes one after the other cannot be read; {unreadable[-1]}")
 
-    def _draw(self, rng: np.random.Generator) -> int:
-        drawn = isinstance(self.volumes, PreparedVolumes)
-        return self.volumes.draw(rng) if drawn else int(rng.integers(len(self.volumes)))
+    def _choose(self, rng: np.random.Generator) -> list[int]:
+        """The numbers of a sample's volumes."""
+        drawn, count = isinstance(self.volumes, PreparedVolumes), len(self.volumes)
+        first = self.volumes.draw(rng) if drawn else int(rng.integers(count))
+        others = [(first + 1 + int(rng.integers(max(1, count - 1)))) % count for _ in range(self.patients - 1)]
+        return [first, *others]
 
     def _group(self, index: int, number: int) -> int:
         known = isinstance(self.volumes, PreparedVolumes) and self.volumes.several_subjects
@@ -123,35 +132,44 @@ class SampleStream(Dataset):
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)
 
-    def sample_of(self, index: int, volume: Volume, group: int) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Sample `index`, made of this volume, whose subject has the number `group`; see `__getitem__`."""
+    def sample_of(
+        self, index: int, volumes: Sequence[Volume], groups: Sequence[int]
+    ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """Sample `index`, made of these volumes, whose subjects have the numbers `groups`; see `__getitem__`."""
         geometry, turns, masks = (np.random.default_rng(self._seed(index, p)) for p in PURPOSES[:3])
-        self._draw(geometry)  # which volume
-        order = list(axis_order(volume.spacing, self.coarsest_last))
-        spacing = np.array(volume.spacing)[order]  # along the axes of the crops
+        self._choose(geometry)  # which volumes
+        order = list(axis_order(volumes[0].spacing, self.coarsest_last))
+        spacing = np.array(volumes[0].spacing)[order]  # along the axes of the crops
         shared = np.eye(3)[:, order] @ draw_turn(turns, self.shared, spacing)
-        own = tuple(draw_turn(turns, self.independent, spacing) for _ in range(2))
-        affines = sample_views(geometry, volume.shape, self.crop_size, self.overlap, self.overhang, shared, own)
-        padding = np.atleast_1d(volume.padding)
-        blocks, crop_to_block = zip(
-            *(read_block(volume, a, self.crop_size, self.interpolation, padding) for a in affines)
-        )
-        spacing = np.linalg.norm(np.array(volume.spacing)[:, None] * affines[:, :, :3], axis=1)
-        affines = torch.from_numpy(affines)
-        points, inside = alignment_points(affines, self.crop_size, **self.points)
+        own = tuple(draw_turn(turns, self.independent, spacing) for _ in range(self.views))
+        affines = self.draw(geometry, volumes, shared, own)
+        views = [self._cut(volumes[view % len(volumes)], affine) for view, affine in enumerate(affines)]
+        rows = {key: torch.stack([view[key] for view in views]) for key in views[0] if key != "block"}
+        if self.compare is not None:
+            points, inside = self.compare(rows["crop_to_volume"])
+            rows |= {"points": points.float(), "inside": inside.expand(self.views, -1)}
         return {
-            "block": list(blocks),
-            "crop_to_block": torch.stack(crop_to_block),
-            "crop_to_volume": affines,
-            "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in range(2)])),
-            "points": points.float(),
-            "inside": inside.expand(2, -1),
-            "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity),
-            "padding": torch.from_numpy(padding).float().expand(2, -1),
-            "present": torch.tensor(getattr(volume, "present", True)).expand(2, len(padding)),
+            **rows,
+            "block": [view["block"] for view in views],
+            "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in views])),
+            "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity, self.views),
+            "pair": torch.full((self.views,), index),
+            "group": torch.tensor([groups[view % len(groups)] for view in range(self.views)]),
+        }
+
+    def _cut(self, volume: Volume, affine: np.ndarray) -> dict[str, torch.Tensor]:
+        """What is known of one view without drawing anything."""
+        padding = np.atleast_1d(volume.padding)
+        block, crop_to_block = read_block(volume, affine, self.crop_size, self.interpolation, padding)
+        spacing = voxel_spacing(affine, volume.spacing)
+        return {
+            "block": block,
+            "crop_to_block": crop_to_block,
+            "crop_to_volume": torch.from_numpy(affine),
             "spacing": torch.from_numpy(spacing).float(),
-            "pair": torch.full((2,), index),
-            "group": torch.full((2,), group),
+            "place": torch.from_numpy(place_in_volume(affine, volume.shape, self.crop_size, spacing)).float(),
+            "padding": torch.from_numpy(padding).float(),
+            "present": torch.tensor(getattr(volume, "present", True)).expand(len(padding)),
         }
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:
@@ -162,13 +180,16 @@ class SampleStream(Dataset):
 
 
 def stack_views(samples: list[dict]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    """Collate view-major: `B` samples of `[2, ...]` -> `[2B, ...]`, view 1 of all before view 2 of all."""
+    """Collate view-major: `B` samples of `[V, ...]` -> `[VB, ...]`, view 1 of all before view 2 of all."""
     tensors = [key for key, value in samples[0].items() if isinstance(value, torch.Tensor)]
     return {
         **{key: torch.stack([s[key] for s in samples], dim=1).flatten(0, 1) for key in tensors},
-        "block": [s["block"][view] for view in range(2) for s in samples],
+        "block": [block for view in zip(*(s["block"] for s in samples)) for block in view],
         "unreadable": [line for s in samples for line in s["unreadable"]],
     }
+
+
+REST = ("mask", "present", "spacing", "place", "pair", "group", "points", "inside")
 
 
 def render(
@@ -193,8 +214,8 @@ def render(
         views = views * batch["present"].to(device, non_blocking=True)[..., None, None, None]
     if target == "clean" and views is clean:
         views = clean.clone()  # a batch takes the same memory whatever was drawn
-    keys = ("mask", "points", "inside", "present", "spacing", "pair", "group")
-    rest = {key: batch[key].to(device, non_blocking=True) for key in keys}
+    rest = {key: batch[key].to(device, non_blocking=True) for key in REST if key in batch}
+    rest["crop_to_volume"] = batch["crop_to_volume"].float().to(device, non_blocking=True)
     return {"views": views, "target": clean if target == "clean" else views, **rest}
 
 

@@ -1,4 +1,4 @@
-"""The geometry of two overlapping views (CVA, arXiv 2509.13846, with the corrections that make it exact).
+"""The geometry of views: two that overlap (CVA, arXiv 2509.13846, made exact), or several anywhere in a volume.
 
 A view is a crop plus `crop_to_volume`, a `[3, 4]` matrix from crop voxel index to volume voxel coordinate: place,
 mirror, rotation and zoom in one. Everything else - the voxels, the points compared, the pictures - follows from it.
@@ -7,7 +7,7 @@ Coordinates are (X, Y, Z); voxel `i` is centred at `i`, and `n` voxels span `[-0
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -94,6 +94,62 @@ def sample_views(
     return np.stack(
         [_compose(frame, _affine(turn, start + centre - turn @ centre)) for start, turn in zip(starts, own)]
     )
+
+
+def scatter_views(
+    rng: np.random.Generator,
+    volume_size: tuple[int, ...],
+    crop_size: tuple[int, ...],
+    overhang: float,
+    shared: np.ndarray,
+    own: Sequence[np.ndarray],
+) -> np.ndarray:
+    """`crop_to_volume` of as many crops as there are `own`, anywhere in the volume: `[V, 3, 4]`.
+
+    Each is drawn apart, turned by `shared`: the box around it lies uniformly, on whole voxels, where it is inside the
+    volume, and is centred (to a voxel) along axes on which it does not fit. Then it is turned about its own centre by
+    its `own` matrix.
+
+    Args:
+        overhang: how far a crop may reach beyond the volume on each side, as a share of the crop.
+        shared, own: `[3, 3]`, see `draw_turn`.
+    """
+    crop = np.asarray(crop_size)
+    half = np.abs(shared) @ crop / 2  # of the box around a crop
+    beyond = np.floor(2 * overhang * half + TOLERANCE)
+    free = np.asarray(volume_size) - 2 * half
+    drawn = rng.integers(0, np.maximum(np.floor(free + 2 * beyond + TOLERANCE), 0) + 1, (len(own), 3))
+    low = np.where(free + 2 * beyond >= 0, drawn - beyond, np.ceil(free / 2))
+    turns = [shared @ turn for turn in own]
+    return np.stack([_affine(turn, at - 0.5 + half - turn @ ((crop - 1) / 2)) for at, turn in zip(low, turns)])
+
+
+def freedom(volume_size: tuple[int, ...], crop_size: tuple[int, ...], overhang: float) -> np.ndarray:
+    """Voxels `[3]` by which `scatter_views` can move a crop along each axis of a volume that is not turned."""
+    crop = np.asarray(crop_size)
+    return np.maximum(np.asarray(volume_size) + 2 * np.floor(overhang * crop) - crop, 0)
+
+
+def voxel_spacing(affine: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """mm between neighbouring voxels of a crop along its axes `[3]`, from its `crop_to_volume` and the volume's own."""
+    return np.linalg.norm(np.asarray(spacing)[:, None] * affine[:, :3], axis=0)
+
+
+def place_in_volume(
+    affine: np.ndarray, volume_size: tuple[int, ...], crop_size: tuple[int, ...], spacing: np.ndarray
+) -> np.ndarray:
+    """Where a crop's centre lies from the volume's centre, in mm along the axes that the crop shows: `[3]`.
+
+    So mirrored volumes have mirrored places, as a network sees them. Of crops that are not turned one by one, the
+    difference of two places is the gap between them, and what lies `o` voxels from a crop's centre is at
+    `place + o * spacing`.
+
+    Args:
+        affine: `crop_to_volume` `[3, 4]`.
+        spacing: of the crop, see `voxel_spacing`.
+    """
+    centre = affine[:, :3] @ ((np.asarray(crop_size) - 1) / 2) + affine[:, 3]
+    return np.linalg.solve(affine[:, :3], centre - (np.asarray(volume_size) - 1) / 2) * spacing
 
 
 def shared_box(

@@ -137,7 +137,7 @@ def test_a_channel_that_is_gone_is_prepared_again(study, ready):
     for path in sorted(ready.manifest.folder.glob("volumes/*/sub-1_*.npy")):
         content = path.read_bytes()
         path.unlink()
-        assert np.array_equal(ready.read(1, lambda volume: volume[:, :, :]), whole)
+        assert np.array_equal(ready.read([1], lambda volumes: volumes[0][:, :, :]), whole)
         assert path.read_bytes() == content
 
 

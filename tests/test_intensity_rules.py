@@ -247,7 +247,7 @@ def test_the_manifest_says_what_was_taken_for_a_ct_and_how_each_is_padded(both, 
     assert a["foreground_share"] == pytest.approx(inside[5:55, 3:50].mean(), abs=0.02)
     expected = ready[0][:, :, :]
     ready.path(0).unlink()
-    assert np.array_equal(ready.read(0, lambda volume: volume[:, :, :]), expected)  # prepared again, as a CT
+    assert np.array_equal(ready.read([0], lambda volumes: volumes[0][:, :, :]), expected)  # prepared again, as a CT
     assert len(list((tmp_path / "ready" / "volumes").rglob("*.npy"))) == 2
 
 

@@ -128,9 +128,9 @@ def noting(lanes, seen):
     """The same lanes, whose samples are noted."""
     sample_of = lanes.stream.sample_of
 
-    def note(index, volume, group):
-        seen.used.append((index, seen.volumes[volume]))
-        return sample_of(index, volume, group)
+    def note(index, volumes, groups):
+        seen.used.append((index, seen.volumes[volumes[0]]))
+        return sample_of(index, volumes, groups)
 
     lanes.stream.sample_of = note
     return lanes
@@ -372,7 +372,7 @@ def test_a_data_set_that_has_changed_is_noticed(streamed):
 
 def test_blocks_do_not_keep_their_volume():
     volume = HeldVolume(np.ones((24, 24, 24), np.float16), 0.0, (1.0, 1.0, 1.0))
-    sample = partial(make_stream([None], 7, **SMALL).sample_of, 3, group=1)(volume)
+    sample = partial(make_stream([None], 7, **SMALL).sample_of, 3, groups=[1])([volume])
     voxels = weakref.ref(volume.voxels)
     del volume
     gc.collect()

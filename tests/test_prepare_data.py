@@ -43,7 +43,7 @@ def test_the_volumes_of_a_series_are_taken_on_request(tmp_path):
         assert np.array_equal(ready[1 + number][:, :, :], expected)
     assert ready.subjects.tolist() == [0, 1, 1, 1]
     ready.path(2).unlink()
-    assert ready.read(2, lambda volume: volume[:, :, :]).size  # prepared again
+    assert ready.read([2], lambda volumes: volumes[0][:, :, :]).size  # prepared again
 
 
 def prepare_and_die(listing, job, moment):

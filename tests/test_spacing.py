@@ -49,7 +49,7 @@ def test_the_median_is_of_each_axis_and_stays_when_files_are_added(scans, tmp_pa
     assert np.allclose(anew.spacings, [2.0, 2.0, 2.0])
     content = anew.path(4).read_bytes()
     anew.path(4).unlink()
-    anew.read(4, lambda volume: volume[:, :, :])
+    anew.read([4], lambda volumes: volumes[0][:, :, :])
     assert anew.path(4).read_bytes() == content
 
 

@@ -42,7 +42,7 @@ def test_a_damaged_file_is_prepared_again_from_its_source(tmp_path, volumes, dam
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    assert np.array_equal(ready.read(2, lambda volume: volume[:, :, :]), expected)
+    assert np.array_equal(ready.read([2], lambda volumes: volumes[0][:, :, :]), expected)
     assert np.array_equal(ready[2][:, :, :], expected)
 
 
@@ -53,7 +53,7 @@ def test_only_source_txt_names_the_folder_of_the_raw_volumes_and_may_be_missing(
         assert os.fsencode(volumes) not in file.read_bytes()
     ready.path(1).unlink()
     with pytest.raises(UnreadableVolume, match="No such file"):
-        ready.read(1, lambda volume: volume)
+        ready.read([1], lambda volumes: volumes)
 
 
 def test_a_sample_of_an_unreadable_volume_is_always_the_same_other_one(tmp_path, volumes):
@@ -64,7 +64,7 @@ def test_a_sample_of_an_unreadable_volume_is_always_the_same_other_one(tmp_path,
     shutil.rmtree(tmp_path / "data")
     ready.path(1).unlink()
     with pytest.raises(UnreadableVolume, match="No such file"):
-        ready.read(1, lambda volume: volume)
+        ready.read([1], lambda volumes: volumes)
     after, again = ([stream[index] for index in range(20)] for _ in range(2))
     replaced = [index for index, sample in enumerate(after) if sample["unreadable"]]
     drawn = [int(np.random.default_rng((7, index, 0)).integers(3)) for index in range(20)]

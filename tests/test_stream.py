@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.ndimage import map_coordinates
 from data.manifest import read_manifest
 from data.stored_volume import HeldVolume
 from data.stream import MicroBatches, SampleStream, make_loader, render, stack_views
+from data.views import alignment_points, sample_views
 from training.command_line import exit_code
 
 TURN = {
@@ -35,19 +37,25 @@ def make_stream(volumes, seed, **changes):
     numbers = {
         "crop_size": (32, 16, 24),
         "coarsest_last": False,
-        "overlap": (0.4, 0.8),
-        "overhang": 0.0,
         "interpolation": "linear",
         "shared": TURN,
         "independent": TURN,
         "intensity": INTENSITY,
         "mask_block": 8,
         "mask_ratio": 0.75,
-        "cells": (3, 2, 2),
-        "samples_per_cell": (2, 2, 1),
-        "feature_stride": (8, 8, 8),
+        "views": 2,
     }
-    return SampleStream(volumes, seed, **{**numbers, **changes})
+    overlap, overhang = (changes.pop(*default) for default in (("overlap", (0.4, 0.8)), ("overhang", 0.0)))
+    points = {"cells": (3, 2, 2), "samples_per_cell": (2, 2, 1), "feature_stride": (8, 8, 8)}
+    points = {name: changes.pop(name, value) for name, value in points.items()}
+    numbers |= changes
+    crop_size = numbers["crop_size"]
+
+    def draw(rng, volumes, shared, own):
+        return sample_views(rng, volumes[0].shape, crop_size, overlap, overhang, shared, own)
+
+    compare = partial(alignment_points, crop_size=crop_size, **points)
+    return SampleStream(volumes, seed, **{"draw": draw, "compare": compare, **numbers})
 
 
 def rendered(samples, target="augmented"):

@@ -23,7 +23,7 @@ from models.warm_start import ENCODER_WEIGHTS
 from .facts import RunFacts
 from .metrics import read_metrics
 from .model_card import model_card
-from .report import draw_report, first_sample
+from .report import Draw, draw_report, first_sample
 from .run import Run
 from .run_folder import RunFolder
 
@@ -66,7 +66,13 @@ def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path
     shutil.copy(LICENSE, folder)
 
 
-def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+def export_run(
+    run: Run,
+    step: int,
+    batch: dict[str, torch.Tensor],
+    outputs: dict[str, torch.Tensor],
+    draw: Draw | None = None,
+) -> None:
     """Write encoder folder, all weights and pictures where they are due; all ranks take part in gathering weights.
 
     The main rank writes in a thread while training goes on: nothing there may draw random numbers.
@@ -75,6 +81,8 @@ def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dic
         step: steps done.
         batch: of `run.held_out()`, as the model was called with it.
         outputs: of `run.look(batch)`.
+        draw: the method's own pictures into `report/`, given that folder and the planes (`planes_of`); what it draws
+            is on the CPU.
     """
     if not run.export_is_due:
         return
@@ -90,7 +98,7 @@ def export_run(run: Run, step: int, batch: dict[str, torch.Tensor], outputs: dic
     def write() -> None:
         write_run(student, weights, facts, terms, step, folder)
         try:
-            draw_report(folder, sample, student, facts, step)
+            draw_report(folder, sample, student, facts, step, draw)
         except Exception as error:  # no picture is worth a run
             warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
 

@@ -15,6 +15,7 @@ from models.section import Section
 
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
+OF_STREAM = ("crop_size", "coarsest_last", "interpolation", "shared", "independent")
 KINDS = ("architecture", "name", "rule")  # keys that say which kind of a section it is
 TAGS = {  # what they may say, and which form a value has
     *ARCHITECTURES,
@@ -43,6 +44,11 @@ class Recipe(Section):
     def couples_volumes(self) -> bool:
         """Whether the loss of a batch is more than the mean over its volumes: batch norm, negatives."""
         return True
+
+    def of_stream(self) -> dict[str, Any]:
+        """What a `SampleStream` takes of the sections that all methods have."""
+        views, mask = self.views.model_dump(include={*OF_STREAM}), self.mask
+        return views | {"intensity": self.intensity.chances(), "mask_block": mask.block, "mask_ratio": mask.ratio}
 
     @model_validator(mode="after")
     def _combinations(self):

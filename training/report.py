@@ -1,5 +1,8 @@
 """The pictures of a run's `report/`, refreshed with its encoder; which ones depends on what the model was given."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -11,6 +14,8 @@ from .metrics import read_held_out, read_metrics
 from .pictures import draw_alignment, draw_features, draw_losses, draw_reconstruction, planes_of
 from .run_folder import RunFolder
 
+Draw = Callable[[Path, tuple[tuple[str, int], ...]], None]
+
 
 def first_sample(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is drawn, on the CPU: at most two views of the first sample of a batch, and its reconstruction if any."""
@@ -20,7 +25,12 @@ def first_sample(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor
 
 
 def draw_report(
-    folder: RunFolder, sample: dict[str, torch.Tensor], encoder: PreTrainedModel, facts: RunFacts, step: int
+    folder: RunFolder,
+    sample: dict[str, torch.Tensor],
+    encoder: PreTrainedModel,
+    facts: RunFacts,
+    step: int,
+    draw: Draw | None = None,
 ) -> None:
     """Draw what a run has learned so far, on a sample that is not trained on.
 
@@ -28,6 +38,7 @@ def draw_report(
         sample: of `first_sample`; with `points` and `inside` the places compared are drawn, with `reconstructed` the
             first view's reconstruction.
         encoder: the run's, on the CPU.
+        draw: see `export_run`.
     """
     report, planes = folder.report, planes_of(facts.recipe["data"]["orientation"])
     if facts.recipe["views"]["coarsest_last"]:  # which names of planes know nothing of
@@ -49,3 +60,5 @@ def draw_report(
     with torch.no_grad():
         dense = dense_features(encoder.eval(), sample["views"])
     draw_features(views, dense, place, report / f"features_step_{step}.png", planes)
+    if draw is not None:
+        draw(report, planes)

@@ -86,7 +86,7 @@ class StreamedData:
             lanes = [Lane(self.rank * share + place, count, self.lanes, row) for place in range(share)]
             self.held = [lane.next_volume([]) for lane in lanes]
         for number, one in enumerate(self.held, start=first):
-            yield self.lanes.stream.sample_of(number, one.volume, one.group) | {"unreadable": []}
+            yield self.lanes.stream.sample_of(number, [one.volume], [one.group]) | {"unreadable": []}
 
     def _lanes(self, stream: SampleStream) -> Lanes:
         numbers, leave_out = self.numbers, tuple(self.recipe.data.leave_out)

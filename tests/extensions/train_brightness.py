@@ -12,6 +12,7 @@ from losses.brightness import brightness_objective
 from models.brightness import Brightness
 
 from data.stream import SampleStream, render
+from data.views import scatter_views
 from models.section import Section, Weight
 from planning.banner import print_banner
 from planning.dry_run import dry_run
@@ -42,19 +43,13 @@ def build_model(recipe):
     return Brightness(student, brightness_objective, {"brightness": recipe.brightness.weight}, recipe.train.precision)
 
 
+def draw_views(rng, volumes, shared, own, views):
+    return scatter_views(rng, volumes[0].shape, views.crop_size, views.overhang, shared, own)
+
+
 def build_stream(volumes, recipe):
-    return SampleStream(
-        volumes,
-        recipe.seed,
-        **recipe.views.model_dump(),
-        overlap=(0.4, 0.8),
-        intensity=recipe.intensity.chances(),
-        mask_block=recipe.mask.block,
-        mask_ratio=recipe.mask.ratio,
-        cells=(1, 1, 1),
-        samples_per_cell=(1, 1, 1),
-        feature_stride=(recipe.model.dense_stride,) * 3,
-    )
+    draw = partial(draw_views, views=recipe.views)
+    return SampleStream(volumes, recipe.seed, **recipe.of_stream(), views=1, draw=draw)
 
 
 def make_batch(samples, device, recipe):

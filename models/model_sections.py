@@ -6,7 +6,7 @@ import operator
 from abc import abstractmethod
 from typing import Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from .configuration_primus import PRIMUS_SIZES
 from .features import DENSE_STRIDE
@@ -40,8 +40,9 @@ class Primus(ModelSection):
     num_attention_heads: PositiveInt | None = None
     patch_size: PositiveInt  # voxels a token and axis
     drop_path_rate: BelowOne
-    decoder_layers: PositiveInt  # of each of the two decoders that exist in pretraining only
-    feature_decoder_heads: PositiveInt
+    decoder_layers: NonNegativeInt  # of each of the two decoders that exist in pretraining only; 0: there are none, and
+    # masked tokens enter the encoder too, as one learned embedding (SimMIM)
+    feature_decoder_heads: PositiveInt | None = None  # null where there are no decoders
 
     @model_validator(mode="after")
     def _sizes(self):
@@ -52,8 +53,13 @@ class Primus(ModelSection):
             raise ValueError(f"give size (S, B, M or L) or all of {', '.join(given)}")
         if self.patch_size & (self.patch_size - 1) or self.patch_size < 2:
             raise ValueError(f"patch_size={self.patch_size} must be a power of two, from 2 on")
+        if (self.decoder_layers == 0) != (self.feature_decoder_heads is None):
+            raise ValueError(
+                f"decoder_layers={self.decoder_layers} with feature_decoder_heads={self.feature_decoder_heads}: set "
+                "decoder_layers=0 and feature_decoder_heads=null, or neither"
+            )
         numbers = self.numbers()
-        for heads in (numbers["num_attention_heads"], self.feature_decoder_heads):
+        for heads in (numbers["num_attention_heads"], self.feature_decoder_heads or 1):
             if numbers["hidden_size"] % (6 * heads):
                 raise ValueError(f"hidden_size={numbers['hidden_size']} must be a multiple of 6 x heads = {6 * heads}")
         return self

@@ -249,7 +249,15 @@ class PrimusModel(Encoder):
         return self.patch_embed
 
     @can_return_tuple
-    def forward(self, pixel_values, visible_tokens=None, output_hidden_states=None, stages=None):
+    def forward(
+        self,
+        pixel_values,
+        visible_tokens=None,
+        output_hidden_states=None,
+        stages=None,
+        masked_tokens=None,
+        mask_embedding=None,
+    ):
         """Encode crops `[B, C, X, Y, Z]`, prepared as preprocessor_config.json says.
 
         The crops have any size that `config.patch_size` divides; for another than `config.image_size` the position
@@ -260,6 +268,8 @@ class PrimusModel(Encoder):
             output_hidden_states: also return what each layer received and the last output.
             stages: names out of `config.stage_names`; their feature maps are returned by name, and nothing deeper than
                 the deepest of them is computed.
+            masked_tokens, mask_embedding: `[B, x, y, z]`, True for tokens in whose place a learned embedding
+                `[hidden_size]` enters the transformer (masked pretraining that encodes all tokens, SimMIM).
 
         Returns:
             `last_hidden_state` `[B, N or K, hidden_size]` and `pooler_output` `[B, hidden_size]`, its mean (both None
@@ -279,6 +289,8 @@ class PrimusModel(Encoder):
         grid_size = embedded.shape[2:]
         states = [] if output_hidden_states or stages is not None else None
         tokens = embedded.flatten(2).transpose(1, 2)
+        if masked_tokens is not None:
+            tokens = torch.where(masked_tokens.flatten(1)[..., None], mask_embedding.to(tokens.dtype), tokens)
         tokens = self.transformer(tokens, grid_size, visible_tokens, states, deepest)
         if states is not None:
             states.append(tokens)

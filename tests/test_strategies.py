@@ -12,18 +12,18 @@ from training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-ALIKE = [*TINY, "model.drop_path_rate=0", "train.warmup_steps=5", "train.steps=50", "run.checkpoint_every=50"]
+ALIKE = [*TINY, "model.drop_path_rate=0", "train.warmup_steps=5", "train.steps=24", "run.checkpoint_every=24"]
 SHORT = [*TINY, "model.drop_path_rate=0", "train.accumulate=2", "train.steps=2"]  # drop-path is drawn by rank
 POISONED = [*TINY, "model.drop_path_rate=0", "train.steps=6", "run.checkpoint_every=3", "run.max_skipped=2"]
 BLOCKS = 2 + 2  # of the encoder that TINY has, in student and teacher
 ON_ONE = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 ON_TWO = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 RELAY = (  # ranks, strategy, the step at which it is stopped
-    (2, "zero2", 10),
-    (1, "ddp", 17),
-    (1, "zero3", 26),
-    (2, "fsdp2", 34),
-    (2, "zero3", 40),
+    (2, "zero2", 5),
+    (1, "ddp", 8),
+    (1, "zero3", 13),
+    (2, "fsdp2", 17),
+    (2, "zero3", 20),
     (2, "zero1", None),
 )
 
@@ -111,12 +111,12 @@ def assert_same_run(output, reference, last):
 
 @pytest.mark.parametrize("name", [f"{s}_x1" for s in ON_ONE[1:]] + [f"{s}_x2" for s in ON_TWO])
 def test_one_curve(runs, name):
-    assert len(curve(runs.folder / name)) == 50
-    assert_same_run(runs.folder / name, runs.folder / "ddp_x1", 50)
+    assert len(curve(runs.folder / name)) == 24
+    assert_same_run(runs.folder / name, runs.folder / "ddp_x1", 24)
 
 
 def test_a_run_handed_from_strategy_to_strategy_is_the_same_run(runs):
-    assert_same_run(runs.folder / "relay", runs.folder / "ddp_x1", 50)
+    assert_same_run(runs.folder / "relay", runs.folder / "ddp_x1", 24)
     printed = "".join(runs.printed.values())
     assert printed.count("as asked; go on from there with --resume auto") == len(RELAY) - 1
     assert printed.count("exit 75") == len(RELAY) - 1

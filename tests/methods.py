@@ -1,0 +1,65 @@
+"""The table of methods: a row each, over which the tests of what holds for all of them are parametrised."""
+
+import importlib
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from conftest import TINY, blobs
+
+from data.stored_volume import HeldVolume
+from data.stream import stack_views
+from training.estimate import noise_batch
+from training.recipe import Recipe, load_recipe
+
+RESENC = ["model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"]
+RESENC += ["mask.block=16"]
+
+
+class Method(NamedTuple):
+    """A row."""
+
+    script: str  # the module
+    tiny: list[str]  # what makes of its demo a run of seconds with a small Primus
+    sharded: tuple[str, ...]  # strategies of ds_configs/ that it is tried under, beside plain data parallel
+
+
+METHODS = {
+    "cva": Method("train_cva", TINY, ()),  # under all of them in test_strategies.py
+}
+ARCHITECTURES = ("primus", "resenc")
+
+
+def numbers_of(name: str, architecture: str) -> list[str]:
+    tiny = METHODS[name].tiny
+    return tiny if architecture == "primus" else [n for n in tiny if not n.startswith(("model", "mask.block"))] + RESENC
+
+
+def script_of(name: str):
+    return importlib.import_module(METHODS[name].script)
+
+
+def recipe_of(name: str, architecture: str = "primus", *more: str) -> Recipe:
+    script = script_of(name)
+    (kind,) = (k for k in vars(script).values() if isinstance(k, type) and issubclass(k, Recipe) and k is not Recipe)
+    return load_recipe(script.DEMO, [*numbers_of(name, architecture), *more], kind)
+
+
+def model_of(name: str, recipe: Recipe) -> torch.nn.Module:
+    return script_of(name).build_model(recipe)
+
+
+def batch_of(name: str, recipe: Recipe, samples: int) -> dict[str, torch.Tensor]:
+    """Of two volumes with structure, in memory."""
+    script, volumes = script_of(name), []
+    for seed in range(2):
+        voxels = blobs(seed).astype("float32")
+        volumes.append(HeldVolume((voxels - voxels.mean()) / voxels.std()))
+    stream = script.build_stream(volumes, recipe)
+    rows = stack_views([stream[number] for number in range(samples)])
+    return dict(script.make_batch(rows, torch.device("cpu"), recipe))
+
+
+def noise_of(name: str, recipe: Recipe):
+    script = script_of(name)
+    return partial(noise_batch, script.build_stream, script.make_batch, recipe)

@@ -1,19 +1,22 @@
-"""Runs of train_cva.py in this project's own processes, for what benchmarks measure of them."""
+"""Runs of the training scripts in this project's own processes, for what benchmarks measure of them."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import yaml
 
 import train_cva
 from training.launch import parse_arguments
-from training.recipe import Recipe
+from training.recipe import Recipe, load_recipe
 
 
 def in_new_process(function: Callable, *arguments: Any) -> Any:
@@ -27,10 +30,27 @@ def _call(function: Callable, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def train(arguments: list, write_results: Callable = lambda *_: None) -> None:
-    """What `python train_cva.py ARGUMENTS` does, but for results; what it prints goes to stderr."""
+def train(arguments: list, write_results: Callable = lambda *_: None, script: ModuleType = train_cva) -> None:
+    """What `python SCRIPT.py ARGUMENTS` does, but for results; what it prints goes to stderr."""
     with redirect_stdout(sys.stderr):
-        train_cva.main(parse_arguments(train_cva.__doc__, [str(part) for part in arguments]), write_results)
+        script.main(parse_arguments(script.__doc__, [str(part) for part in arguments]), write_results)
+
+
+def script_of(path: Path) -> ModuleType:
+    """The script that reads a recipe, by the recipe's method or that of its base."""
+    numbers = yaml.safe_load(path.read_text())
+    return (
+        importlib.import_module(f"train_{numbers['method']}")
+        if "method" in numbers
+        else script_of(path.parent / numbers["base"])
+    )
+
+
+def open_recipe(path: Path, overrides: list[str]) -> tuple[ModuleType, Recipe]:
+    """A recipe of any method, and the script that reads it."""
+    script = script_of(path)
+    (kind,) = (k for k in vars(script).values() if isinstance(k, type) and issubclass(k, Recipe) and k is not Recipe)
+    return script, load_recipe(path, overrides, kind)
 
 
 def write_noise(folder: Path, recipe: Recipe) -> Path:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from conftest import TINY, blobs
 
+from benchmarks.script_runs import open_recipe
 from data.stored_volume import HeldVolume
 from data.stream import stack_views
 from training.estimate import noise_batch
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe
 
 RESENC = ["model={architecture: resenc, hidden_sizes: [4, 8, 8], strides: [1, 2, 2], depths: [1, 1, 1]}"]
 RESENC += ["mask.block=16"]
@@ -40,9 +41,7 @@ def script_of(name: str):
 
 
 def recipe_of(name: str, architecture: str = "primus", *more: str) -> Recipe:
-    script = script_of(name)
-    (kind,) = (k for k in vars(script).values() if isinstance(k, type) and issubclass(k, Recipe) and k is not Recipe)
-    return load_recipe(script.DEMO, [*numbers_of(name, architecture), *more], kind)
+    return open_recipe(script_of(name).DEMO, [*numbers_of(name, architecture), *more])[1]
 
 
 def model_of(name: str, recipe: Recipe) -> torch.nn.Module:

@@ -1,29 +1,22 @@
 """The recipes that are there: each trains, and has the published numbers."""
 
 import pytest
-import yaml
 from conftest import ROOT
 from test_recipe import load_recipe
 
-import train_cva
+from benchmarks.script_runs import open_recipe
 from training.estimate import noise_batch, step_cost
 from training.recipe import differences, flatten
 
-
-def method_of(path):
-    numbers = yaml.safe_load(path.read_text())
-    return numbers.get("method") or method_of(path.parent / numbers["base"])
-
-
-SHIPPED = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if method_of(path) == "cva"]
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid_and_survive_saving(path, tmp_path):
-    recipe = load_recipe(path)
+    _, recipe = open_recipe(path, [])
     assert recipe.name == path.stem
     recipe.save(tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert open_recipe(tmp_path / "recipe.yaml", [])[1] == recipe
     assert differences(recipe, tmp_path / "recipe.yaml") == []
 
 
@@ -31,7 +24,7 @@ def test_shipped_recipes_are_valid_and_survive_saving(path, tmp_path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_recipe_trains(path):
     """A whole step of a shallow network on the real crops, without data."""
-    recipe = load_recipe(path)
+    script, recipe = open_recipe(path, [])
     if recipe.model.architecture == "resenc":
         stages = len(recipe.model.strides)
         shallow = {"hidden_sizes": [4, *[8] * (stages - 1)], "depths": [1] * stages}
@@ -40,8 +33,8 @@ def test_every_recipe_trains(path):
     else:
         shallow = {}
     recipe.model = recipe.model.model_copy(update=shallow)
-    model = train_cva.build_model(recipe)
-    sample = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe)
+    model = script.build_model(recipe)
+    sample = noise_batch(script.build_stream, script.make_batch, recipe)
     assert step_cost(model, sample, 1).flops > 1e9
 
 

@@ -39,7 +39,7 @@ from pydantic import PositiveInt, model_validator
 from data.stored_volume import Volume
 from data.stream import Batch, SampleStream, render
 from data.views import alignment_points, least_shared, sample_views
-from losses.baselines import reconstruction_baselines
+from losses.baselines import reconstruction_levels
 from losses.consistency import CONSISTENCIES
 from losses.cva import TERMS, cva_objective
 from models.cva import ConsistentViewAlignment
@@ -170,16 +170,8 @@ def make_batch(samples: dict, device: torch.device, recipe: CVARecipe) -> Batch:
 
 
 def write_results(run: Run, recipe: CVARecipe, step: int) -> None:
-    numbers, first = [], None
-    for samples in run.held_out():
-        batch = make_batch(samples, run.device, recipe)
-        outputs = run.look(batch)
-        numbers.append({name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0})
-        if "reconstruction" in recipe.loss.terms() and recipe.mask.ratio:
-            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
-            numbers[-1] |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
-        first = first or (batch, outputs)
-    run.note_held_out(step, numbers)
+    levels = [reconstruction_levels] if recipe.mask.ratio else []  # an autoencoder has nothing to fill in
+    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), *levels)
     export_run(run, step, *first)
 
 

@@ -50,6 +50,14 @@ def reconstruction_baselines(
     }
 
 
+def reconstruction_levels(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as `reconstruction_by_NAME`, of a batch whose masked voxels were rebuilt; nothing where none were."""
+    if "reconstructed" not in outputs:
+        return {}
+    levels = reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
+    return {f"reconstruction_by_{name}": loss for name, loss in levels.items()}
+
+
 def best_constant(target: torch.Tensor, voxel_mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """The number nearest to the masked voxels by `masked_huber`: a scalar.
 

@@ -273,18 +273,35 @@ class Run:
         self.wrapped.train()
         return outputs
 
-    def note_held_out(self, step: int, values: list[dict[str, torch.Tensor]]) -> None:
-        """Keep numbers of samples that are not trained on, means over micro-batches and ranks, in `held_out.jsonl`.
+    def score_held_out(
+        self,
+        step: int,
+        make_batch: Callable[[dict], dict[str, torch.Tensor]],
+        levels: Callable[[dict, dict], dict[str, torch.Tensor]] = lambda batch, outputs: {},
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Look at samples that are not trained on, and keep what they score in `held_out.jsonl`: all losses and what is
+        watched of them, means over micro-batches and ranks.
 
         Args:
-            values: of each micro-batch: name -> a loss or what is watched of it, and `TERM_by_WHAT` -> what WHAT scores
-                that has learned nothing.
+            make_batch: what the loader gives -> what the model is called with.
+            levels: batch and outputs -> `TERM_by_WHAT`, what WHAT scores that has learned nothing.
+
+        Returns:
+            The first batch, and what the model made of it.
         """
-        table = torch.stack([torch.stack([value.float() for value in batch.values()]) for batch in values])
+        scores, first = [], None
+        for samples in self.held_out():
+            batch = make_batch(samples)
+            outputs = self.look(batch)
+            scalars = {name: v for name, v in outputs.items() if torch.is_tensor(v) and v.ndim == 0}
+            scores.append(scalars | levels(batch, outputs))
+            first = first or (batch, outputs)
+        table = torch.stack([torch.stack([value.float().to(self.device) for value in row.values()]) for row in scores])
         mean = self.accelerator.reduce(table.mean(dim=0), "mean").tolist()
         if self.is_main:
             with open(self.folder.held_out, "a") as file:
-                file.write(json.dumps({"step": step, **dict(zip(values[0], mean))}) + "\n")
+                file.write(json.dumps({"step": step, **dict(zip(scores[0], mean))}) + "\n")
+        return first
 
     # ----------------------------------------------------------------------- stopping and going on
 

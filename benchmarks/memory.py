@@ -14,7 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cpu_ranks import offer_fsdp
-from benchmarks.script_runs import train, write_noise
+from benchmarks.script_runs import train, train_some_steps, write_noise
 from planning.plan import memory, weights_of
 from train_cva import CVARecipe, build_model, build_stream, make_batch
 from training.estimate import noise_batch, step_cost
@@ -48,35 +49,34 @@ def worker(config: Path, recipe_path: Path, overrides: list[str], folder: Path) 
     if strategy.kind == "fsdp2" and not torch.cuda.is_available():
         offer_fsdp()
     command = ["--config", config, "--recipe", recipe_path, "--data", folder / "data", "--output", folder / "run"]
-    numbers = [f"train.steps={STEPS}", "train.warmup_steps=0", f"run.checkpoint_every={STEPS}", "run.workers=0"]
-    numbers += ["run.checkpoint_minutes=0"]
-    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(lambda: train(command + overrides + numbers))
+    command += [*overrides, "run.workers=0"]
+    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(command)
     # a thread of gloo may hold on to what it sent for a while, so of two steps the lesser
     measured = min(peaks[f"step {number}"] for number in COMPARED)
     (folder / f"rank_{rank}.json").write_text(json.dumps({"predicted": predicted, "measured": measured}))
     os._exit(0)  # as train_cva.py does: an orderly exit now and then aborts in a thread of gloo
 
 
-def peaks_on_gpu(training: Callable[[], None]) -> dict[str, int]:
+def peaks_on_gpu(command: list) -> dict[str, int]:
     """Bytes at the fullest moment of each step."""
-    peaks, steps = {}, Run.steps
+    peaks = {}
 
-    def watched(run: Run) -> Iterator[Step]:
-        for step in steps(run):
-            torch.cuda.reset_peak_memory_stats()
-            yield step
-            peaks[f"step {step.number}"] = torch.cuda.max_memory_allocated()
+    @contextmanager
+    def watch(_: Run, step: Step) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        peaks[f"step {step.number}"] = torch.cuda.max_memory_allocated()
 
-    Run.steps = watched
-    training()
+    train_some_steps(command, STEPS, watch)
     return peaks
 
 
-def peaks_on_cpu(training: Callable[[], None]) -> dict[str, int]:
-    """The same, of all that this process has allocated since before `training`."""
+def peaks_on_cpu(command: list) -> dict[str, int]:
+    """The same, of all that this process has allocated since before the run."""
+    numbers = [f"train.steps={STEPS}", "train.warmup_steps=0", f"run.checkpoint_every={STEPS}"]
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        training()
+        train([*command, *numbers, "run.checkpoint_minutes=0"])
     spans, events = {}, []
     open_ = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while open_:

@@ -1,9 +1,10 @@
 """Runs of train_cva.py in this project's own processes, for what benchmarks measure of them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
+from itertools import islice
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import train_cva
 from training.launch import parse_arguments
 from training.recipe import Recipe
+from training.run import Run, Step
 
 
 def in_new_process(function: Callable, *arguments: Any) -> Any:
@@ -31,6 +33,20 @@ def train(arguments: list, write_results: Callable = lambda *_: None) -> None:
     """What `python train_cva.py ARGUMENTS` does, but for results; what it prints goes to stderr."""
     with redirect_stdout(sys.stderr):
         train_cva.main(parse_arguments(train_cva.__doc__, [str(part) for part in arguments]), write_results)
+
+
+def train_some_steps(arguments: list, count: int, watch: Callable[[Run, Step], AbstractContextManager]) -> None:
+    """The same for `count` steps of a long run, each inside `watch`; without logs, and no checkpoint at the end."""
+    steps, never = Run.steps, 10**9
+    numbers = [f"train.steps={never}", "train.warmup_steps=0", f"run.log_every={never}"]
+
+    def some(run: Run) -> Iterator[Step]:
+        for step in islice(steps(run), count):
+            with watch(run, step):
+                yield step
+
+    Run.steps = some
+    train([*arguments, *numbers, f"run.checkpoint_every={never}", "run.checkpoint_minutes=0"])
 
 
 def write_noise(folder: Path, recipe: Recipe) -> Path:

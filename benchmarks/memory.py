@@ -1,11 +1,11 @@
-"""Memory of a rank by strategy: what `--dry-run` predicts against what a few steps of train_cva.py take.
+"""Memory of a rank by strategy: what `--dry-run` predicts against what a few steps of the script take.
 
     python benchmarks/memory.py recipes/primus_m.yaml 'views.crop_size=[32,32,32]' 'views.cells=[3,3,3]' --ranks 1 2
     python benchmarks/memory.py recipes/primus_m.yaml train.batch_size=8 --ranks 8 --strategies zero2 fsdp2
 
 Prints one table, in MB, of the fullest rank in a step that is neither the first nor the last, on a volume of noise. On
 GPUs it is the allocator's peak (torch.cuda.max_memory_allocated); on a CPU the profiler's record of every tensor of the
-rank's process, buffers that nothing is ever written to among them. Overrides work as for train_cva.py.
+rank's process, buffers that nothing is ever written to among them. Overrides work as for the scripts.
 """
 
 import argparse
@@ -14,19 +14,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cpu_ranks import offer_fsdp
-from benchmarks.script_runs import train, write_noise
+from benchmarks.script_runs import open_recipe, train, train_some_steps, write_noise
 from planning.plan import memory, weights_of
-from train_cva import CVARecipe, build_model, build_stream, make_batch
 from training.estimate import noise_batch, step_cost
-from training.recipe import load_recipe
 from training.run import Run, Step
 from training.strategy import read_strategy
 
@@ -39,44 +39,43 @@ COMPARED = (2, 3)  # DeepSpeed gathers weights ahead once it has seen a step; wi
 def worker(config: Path, recipe_path: Path, overrides: list[str], folder: Path) -> None:
     """On each rank: predict, then train for a few steps, and write both to `folder`."""
     ranks, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
-    recipe, strategy = load_recipe(recipe_path, overrides, CVARecipe), read_strategy(config)
-    model = build_model(recipe)
-    sample = noise_batch(build_stream, make_batch, recipe)
+    (script, recipe), strategy = open_recipe(recipe_path, overrides), read_strategy(config)
+    model = script.build_model(recipe)
+    sample = noise_batch(script.build_stream, script.make_batch, recipe)
     cost = step_cost(model, sample, recipe.train.batch_size // (ranks * recipe.train.accumulate))
     predicted = memory(weights_of(model), recipe, strategy, ranks, cost.timeline)
     del model, sample
     if strategy.kind == "fsdp2" and not torch.cuda.is_available():
         offer_fsdp()
     command = ["--config", config, "--recipe", recipe_path, "--data", folder / "data", "--output", folder / "run"]
-    numbers = [f"train.steps={STEPS}", "train.warmup_steps=0", f"run.checkpoint_every={STEPS}", "run.workers=0"]
-    numbers += ["run.checkpoint_minutes=0"]
-    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(lambda: train(command + overrides + numbers))
+    command += [*overrides, "run.workers=0"]
+    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(command, script)
     # a thread of gloo may hold on to what it sent for a while, so of two steps the lesser
     measured = min(peaks[f"step {number}"] for number in COMPARED)
     (folder / f"rank_{rank}.json").write_text(json.dumps({"predicted": predicted, "measured": measured}))
-    os._exit(0)  # as train_cva.py does: an orderly exit now and then aborts in a thread of gloo
+    os._exit(0)  # as the scripts do: an orderly exit now and then aborts in a thread of gloo
 
 
-def peaks_on_gpu(training: Callable[[], None]) -> dict[str, int]:
+def peaks_on_gpu(command: list, script: ModuleType) -> dict[str, int]:
     """Bytes at the fullest moment of each step."""
-    peaks, steps = {}, Run.steps
+    peaks = {}
 
-    def watched(run: Run) -> Iterator[Step]:
-        for step in steps(run):
-            torch.cuda.reset_peak_memory_stats()
-            yield step
-            peaks[f"step {step.number}"] = torch.cuda.max_memory_allocated()
+    @contextmanager
+    def watch(_: Run, step: Step) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        peaks[f"step {step.number}"] = torch.cuda.max_memory_allocated()
 
-    Run.steps = watched
-    training()
+    train_some_steps(command, STEPS, watch, script)
     return peaks
 
 
-def peaks_on_cpu(training: Callable[[], None]) -> dict[str, int]:
-    """The same, of all that this process has allocated since before `training`."""
+def peaks_on_cpu(command: list, script: ModuleType) -> dict[str, int]:
+    """The same, of all that this process has allocated since before the run."""
+    numbers = [f"train.steps={STEPS}", "train.warmup_steps=0", f"run.checkpoint_every={STEPS}"]
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        training()
+        train([*command, *numbers, "run.checkpoint_minutes=0"], script=script)
     spans, events = {}, []
     open_ = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while open_:
@@ -102,7 +101,7 @@ def peaks_on_cpu(training: Callable[[], None]) -> dict[str, int]:
 def compare(config: Path, recipe: Path, overrides: list[str], ranks: int) -> dict:
     """`predicted` bytes by part and `measured` bytes of the fullest of `ranks` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        write_noise(Path(folder) / "data", load_recipe(recipe, overrides, CVARecipe))
+        write_noise(Path(folder) / "data", open_recipe(recipe, overrides)[1])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
         command += ["--worker", config, folder, recipe, *overrides]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,9 +2,10 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
+from itertools import islice
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import yaml
 import train_cva
 from training.launch import parse_arguments
 from training.recipe import Recipe, load_recipe
+from training.run import Run, Step
 
 
 def in_new_process(function: Callable, *arguments: Any) -> Any:
@@ -39,11 +41,9 @@ def train(arguments: list, write_results: Callable = lambda *_: None, script: Mo
 def script_of(path: Path) -> ModuleType:
     """The script that reads a recipe, by the recipe's method or that of its base."""
     numbers = yaml.safe_load(path.read_text())
-    return (
-        importlib.import_module(f"train_{numbers['method']}")
-        if "method" in numbers
-        else script_of(path.parent / numbers["base"])
-    )
+    if "method" not in numbers:
+        return script_of(path.parent / numbers["base"])
+    return importlib.import_module(f"train_{numbers['method']}")
 
 
 def open_recipe(path: Path, overrides: list[str]) -> tuple[ModuleType, Recipe]:
@@ -51,6 +51,25 @@ def open_recipe(path: Path, overrides: list[str]) -> tuple[ModuleType, Recipe]:
     script = script_of(path)
     (kind,) = (k for k in vars(script).values() if isinstance(k, type) and issubclass(k, Recipe) and k is not Recipe)
     return script, load_recipe(path, overrides, kind)
+
+
+def train_some_steps(
+    arguments: list,
+    count: int,
+    watch: Callable[[Run, Step], AbstractContextManager],
+    script: ModuleType = train_cva,
+) -> None:
+    """The same for `count` steps of a long run, each inside `watch`; without logs, and no checkpoint at the end."""
+    steps, never = Run.steps, 10**9
+    numbers = [f"train.steps={never}", "train.warmup_steps=0", f"run.log_every={never}"]
+
+    def some(run: Run) -> Iterator[Step]:
+        for step in islice(steps(run), count):
+            with watch(run, step):
+                yield step
+
+    Run.steps = some
+    train([*arguments, *numbers, f"run.checkpoint_every={never}", "run.checkpoint_minutes=0"], script=script)
 
 
 def write_noise(folder: Path, recipe: Recipe) -> Path:

@@ -23,10 +23,9 @@ from data.store import PreparedVolumes
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-GPUS = torch.cuda.device_count()
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # the tests speak of CPU ranks, wherever they run; tests/test_gpu.py asks for more
-)
+# the tests speak of CPU ranks, wherever they run; tests/test_gpu.py asks for more, also as a worker of pytest-xdist
+GPUS = int(os.environ.setdefault("GPUS_OF_THE_TESTS", str(torch.cuda.device_count())))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 CLEAN = """
 import sys, numpy, torch

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import GPUS, ROOT, TINY, config, launch, prepared
+from conftest import BIN, GPUS, ROOT, TINY, config, launch, prepared
 from test_models import batch, tiny_cva
 from test_stream import make_stream
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,15 +20,25 @@ SIZES = {"primus": TINY, "resenc": [*(n for n in TINY if not n.startswith("model
 
 
 BATCH_AND_OBJECTIVE = """
-import sys
+import sys, traceback
 from pathlib import Path
 import torch
+torch.cuda.init()  # conftest hides the GPUs from what has not begun
 from test_stream import make_stream
 from test_models import PUBLISHED, batch, tiny_cva
 from conftest import prepared
 from data.stream import render, stack_views
 
-device = torch.device("cuda")
+device, failed = torch.device("cuda"), []
+
+def attempt(name, check, *arguments):
+    try:
+        check(*arguments)
+    except Exception:
+        failed.append(name)
+        traceback.print_exc()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 def without_waiting(compute):
     torch.cuda.set_sync_debug_mode("error")
@@ -35,8 +46,7 @@ def without_waiting(compute):
     torch.cuda.set_sync_debug_mode("default")
     return result
 
-ready = prepared(Path(sys.argv[1]), Path(sys.argv[2]))
-for interpolation in ("linear", "cubic"):
+def check_batch(ready, interpolation):
     stream = make_stream(ready, 7, interpolation=interpolation)
     samples = stack_views([stream[i] for i in range(6)])
     assert not samples.pop("unreadable")
@@ -47,17 +57,24 @@ for interpolation in ("linear", "cubic"):
     for key, value in expected.items():
         torch.testing.assert_close(found[key].cpu(), value, rtol=0, atol=2e-3)
 
+def check_objective(architecture, consistency):
+    data = batch()
+    losses = tiny_cva(architecture, consistency=consistency)(**data)
+    model = tiny_cva(architecture, consistency=consistency).to(device)
+    data = {key: value.to(device) for key, value in data.items()}
+    model(**data)["loss"].backward()  # libraries set themselves up
+    found = without_waiting(lambda: model(**data))
+    without_waiting(lambda: found["loss"].backward())
+    for term in PUBLISHED:
+        torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
+
+ready = prepared(Path(sys.argv[1]), Path(sys.argv[2]))
+for interpolation in ("linear", "cubic"):
+    attempt(interpolation, check_batch, ready, interpolation)
 for architecture in ("primus", "resenc"):
     for consistency in ("cosine", "c_cva", "gram"):
-        data = batch()
-        losses = tiny_cva(architecture, consistency=consistency)(**data)
-        model = tiny_cva(architecture, consistency=consistency).to(device)
-        data = {key: value.to(device) for key, value in data.items()}
-        model(**data)["loss"].backward()  # libraries set themselves up
-        found = without_waiting(lambda: model(**data))
-        without_waiting(lambda: found["loss"].backward())
-        for term in PUBLISHED:
-            torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
+        attempt(f"{architecture} {consistency}", check_objective, architecture, consistency)
+assert not failed, failed
 """
 
 
@@ -116,3 +133,33 @@ def test_one_gpu_gives_the_losses_of_the_cpu(volumes, tmp_path, name, architectu
     for key in ("reconstruction", "consistency", "contrastive"):
         assert gpu[key] == pytest.approx(cpu[key], rel=1e-2)
     launch(*arguments[: -len(numbers)], *numbers, "train.precision=bf16", "--output", tmp_path / "bf16", gpus="0")
+    bf16 = read_metrics(tmp_path / "bf16" / "metrics.jsonl")[0]
+    for key in ("reconstruction", "consistency"):
+        assert bf16[key] == pytest.approx(cpu[key], rel=5e-2)
+
+
+STEPS = 12
+
+
+@pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"])
+def test_each_strategy_trains_on_a_gpu_and_goes_on_after_a_kill(volumes, tmp_path, name):
+    accelerate = [BIN / "accelerate", "launch", "--num_processes", "1"]
+    command = ["--config", config(name), "--data", volumes, *SIZES["resenc"], f"train.steps={STEPS}"]
+    command += ["run.checkpoint_every=2", "train.precision=bf16", "--prepared", tmp_path / "prepared"]
+    done = launch(*command, "--output", tmp_path / "whole", gpus="0", launcher=accelerate)
+    assert "1 rank on cuda" in done.stdout
+    killed = tmp_path / "killed"
+    arguments = [str(part) for part in (*command, "--output", killed)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    process = subprocess.Popen([sys.executable, ROOT / "train_cva.py", *arguments], env=environment)
+    while process.poll() is None and not (killed / "checkpoints" / "step_2").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (killed / "checkpoints" / f"step_{STEPS}").exists(), "it was through before it could be killed"
+    launch(*arguments, "--resume", "auto", gpus="0", launcher=accelerate)
+    whole, resumed = (read_metrics(output / "metrics.jsonl") for output in (tmp_path / "whole", killed))
+    assert [record["step"] for record in resumed] == list(range(1, STEPS + 1))
+    for a, b in zip(whole, resumed):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-2)

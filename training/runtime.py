@@ -128,7 +128,7 @@ def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
     blocks = _blocks(model)
     torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False)  # they share code: torch would compile the second shape for all shapes
 
 
 def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from data.store import PreparedVolumes
 from data.stored_volume import Volume
 from data.stream import Batch, SampleStream, render
 from data.views import freedom, scatter_views
+from data.volume import axis_order
 from losses.baselines import reconstruction_baselines
 from losses.places import TERMS, compute_terms, place_baselines
 from models.section import PositiveFloat, Section, Weight, check_divides
@@ -146,8 +147,10 @@ def check_room(volumes: PreparedVolumes, recipe: SpatialAwareRecipe) -> None:
     Raises:
         ValueError: if they cannot be moved in any.
     """
-    crop = recipe.views.crop_size
-    room = freedom(matrix(volumes.manifest.volumes["shape"], 3), crop, recipe.views.overhang) / crop
+    crop, table = recipe.views.crop_size, volumes.manifest.volumes
+    orders = [axis_order(spacing, recipe.views.coarsest_last) for spacing in matrix(table["spacing"], 3).tolist()]
+    shapes = np.take_along_axis(matrix(table["shape"], 3), np.array(orders), axis=1)
+    room = freedom(shapes, crop, recipe.views.overhang) / crop
     too_large = f"views.crop_size={list(crop)}: crops as large as the volumes (no gaps to learn)"
     if not room.any():
         raise ValueError(f"{too_large}: choose smaller ones")

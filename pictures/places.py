@@ -1,5 +1,6 @@
 """`report/places.png`: where crops of a volume lie, and where a Spatial-Aware network says that they lie, in mm."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,8 @@ from training.pictures import GREY
 
 COLOURS = "#e69f00", "#56b4e9", "#e06fb0", "#3fbf8f", "#f0e442", "#d55e00", "#7aa2ff", "#cccccc"
 BACKGROUND = "#101418"
+DASHES = (0, (3, 2))
+NUMBERS = "numbers: true | told, mm in three dimensions"
 DRAWN = ("centres", "told_gaps", "told_places", "part_features", "part_centres")
 
 
@@ -69,15 +72,15 @@ def draw_places(
     above, below = figure.subfigures(2, 1, height_ratios=(1.35, 1))
     for cell, (plane, axis) in zip(above.subplots(1, 3), planes):
         _draw_plane(cell, seen, axis, places, told_gaps)
-        cell.set_title(plane, fontsize=10)
-    marks = [plt.Line2D([], [], color="grey", marker="o", linestyle="", label="centre of a crop")]
+        cell.text(0.98, 0.98, plane, transform=cell.transAxes, color="white", fontsize=10, ha="right", va="top")
+    mark = partial(plt.Line2D, [], [], color="grey")
+    marks = [mark(marker="o", linestyle="", label="centre of a crop")]
     if places is not None:
         ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 2}
-        marks.append(plt.Line2D([], [], color="grey", linestyle="", label="place told", **ring))
+        marks.append(mark(linestyle="", label="place told", **ring))
     if told_gaps is not None:
-        marks.append(plt.Line2D([], [], color="grey", label="gap, mm"))
-        marks.append(plt.Line2D([], [], color="grey", linestyle=(0, (3, 2)), label="| gap told, mm"))
-    above.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        marks += [mark(label="gap"), mark(linestyle=DASHES, label="gap told"), mark(linestyle="", label=NUMBERS)]
+    above.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False)
     for cell, (title, matrix, colours, low, high) in zip(below.subplots(1, len(matrices), squeeze=False)[0], matrices):
         image = cell.imshow(matrix.numpy(), cmap=colours, vmin=low, vmax=high)
         cell.set_title(title, fontsize=10)
@@ -97,13 +100,14 @@ def _draw_plane(
 ) -> None:
     u, v = (a for a in range(3) if a != axis)
     views, centres = seen["views"].numpy(), seen["centres"].numpy()
+    dark, bright = np.quantile(views, (0.01, 0.995), axis=(1, 2, 3))[:, :, None, None, None]  # contrasts were changed
+    views = ((views - dark) / np.maximum(bright - dark, 1e-6)).clip(0, 1)
     size = np.array(views.shape[1:]) * seen["spacing"].numpy()  # [L, 3], mm
     low, high = (centres - size / 2).min(axis=0), (centres + size / 2).max(axis=0)
     image, extent = _paste(np.take(views, views.shape[1 + axis] // 2, axis=1 + axis), seen, low, high, (u, v))
-    dark, bright = np.quantile(views, (0.01, 0.995))
     cell.set_facecolor(BACKGROUND)
     cmap = GREY.with_extremes(bad=BACKGROUND)
-    cell.imshow(image.T, cmap=cmap, origin="lower", extent=extent, vmin=dark, vmax=bright, interpolation="nearest")
+    cell.imshow(image.T, cmap=cmap, origin="lower", extent=extent, vmin=0, vmax=1, interpolation="nearest")
     for number, (centre, box, colour) in enumerate(zip(centres, size, _colours(len(centres)))):
         corner = centre[[u, v]] - box[[u, v]] / 2
         cell.add_patch(Rectangle(corner, box[u], box[v], fill=False, edgecolor=colour, linewidth=1.8))
@@ -132,7 +136,7 @@ def _draw_gaps(cell: plt.Axes, centres: np.ndarray, told: np.ndarray, plane: tup
         first, last = centres[start][list(plane)], centres[end][list(plane)]
         tip = first + told[start, end][list(plane)]
         style = {"color": colour, "linewidth": 1.8, "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0}
-        for to, line in ((last, "-"), (tip, (0, (3, 2)))):
+        for to, line in ((last, "-"), (tip, DASHES)):
             arrow = {"arrowstyle": "-|>", "linestyle": line, **style}
             cell.annotate("", xy=to, xytext=first, arrowprops=arrow)
         true, guess = np.linalg.norm(centres[end] - centres[start]), np.linalg.norm(told[start, end])

@@ -34,7 +34,7 @@ from data.stored_volume import Volume
 from data.stream import Batch, SampleStream, render
 from data.views import freedom, scatter_views
 from data.volume import axis_order
-from losses.baselines import reconstruction_baselines
+from losses.baselines import reconstruction_levels
 from losses.places import TERMS, compute_terms, place_baselines
 from models.section import PositiveFloat, Section, Weight, check_divides
 from models.spatial_aware import SpatialAware
@@ -185,19 +185,13 @@ def make_batch(samples: dict, device: torch.device, recipe: SpatialAwareRecipe) 
 
 
 def write_results(run: Run, recipe: SpatialAwareRecipe, step: int) -> None:
-    numbers, first, loss = [], None, recipe.loss
-    for samples in run.held_out():
-        batch = make_batch(samples, run.device, recipe)
-        outputs = run.look(batch)
-        numbers.append({name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0})
-        numbers[-1] |= place_baselines(outputs, loss.unit, loss.kernel_width)
-        if "reconstruction" in loss.terms():
-            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
-            numbers[-1] |= {f"reconstruction_by_{what}": value for what, value in unlearned.items()}
-        first = first or (batch, outputs)
-    run.note_held_out(step, numbers)
-    seen = first_volume(*first, recipe.views.crops)
-    export_run(run, step, *first, draw=partial(draw_places, seen, unit=loss.unit, kernel_width=loss.kernel_width))
+    lengths = {"unit": recipe.loss.unit, "kernel_width": recipe.loss.kernel_width}
+
+    def levels(batch: Batch, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return place_baselines(outputs, **lengths) | reconstruction_levels(batch, outputs)
+
+    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), levels)
+    export_run(run, step, *first, partial(draw_places, first_volume(*first, recipe.views.crops), **lengths))
 
 
 def main(arguments: argparse.Namespace, write_results: Callable = write_results) -> None:

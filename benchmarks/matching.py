@@ -14,6 +14,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_sal
-from benchmarks.script_runs import in_new_process
+from benchmarks.script_runs import in_new_process, train
 from data.manifest import read_manifest
 from data.store import PreparedVolumes
 from data.stream import SampleStream, stack_views
@@ -30,7 +31,6 @@ from models import dense_features
 from models.distributed import gather_with_gradient
 from models.sal import SelfSupervisedAlignment
 from train_sal import SALRecipe, build_model, build_stream, make_batch
-from training.launch import parse_arguments
 from training.preparation import prepare_data
 from training.recipe import load_recipe
 from training.run import Run
@@ -96,22 +96,21 @@ def learned(
         found["start"] = measure(build_model(numbers), stream, numbers, samples)
     command = ["--config", ROOT / "ds_configs" / "ddp.json", "--recipe", recipe, "--output", output]
     command += ["--data", prepared, *(["--init-from", init] if init else []), *overrides]
-    with redirect_stdout(sys.stderr):
-        train_sal.main(parse_arguments(train_sal.__doc__, [str(part) for part in command]), look)
+    train(command, look, script=train_sal)
     return found
 
 
 def plan(steps: int, batch_size: int) -> dict[str, tuple[list[str], bool]]:
     """Name -> overrides, and whether it starts from `MAE`."""
 
-    def train(share: float, batches: int = 1) -> list[str]:
+    def length(share: float, batches: int = 1) -> list[str]:
         count = max(2, round(steps * share / batches))
         return [f"train.steps={count}", f"train.warmup_steps={count // 10}", f"train.batch_size={batches * batch_size}"]
 
-    planned = {MAE: ([*VARIANTS["reconstruction"], *train(0.5)], False)}
-    planned |= {name: ([*numbers, *train(1)], False) for name, numbers in VARIANTS.items()}
-    planned |= {f"{name}; {LARGER} x batch": ([*VARIANTS[name], *train(1, LARGER)], False) for name in AGAIN}
-    return planned | {f"{MAE}, then half of {name}": ([*VARIANTS[name], *train(0.5)], True) for name in AGAIN}
+    planned = {MAE: ([*VARIANTS["reconstruction"], *length(0.5)], False)}
+    planned |= {name: ([*numbers, *length(1)], False) for name, numbers in VARIANTS.items()}
+    planned |= {f"{name}; {LARGER} x batch": ([*VARIANTS[name], *length(1, LARGER)], False) for name in AGAIN}
+    return planned | {f"{MAE}, then half of {name}": ([*VARIANTS[name], *length(0.5)], True) for name in AGAIN}
 
 
 def row(name: str, found: dict[str, dict[str, float]]) -> str:
@@ -130,24 +129,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every variant; otherwise the recipe's")
     parser.add_argument("--samples", type=int, default=32, help="pairs of crops that are not trained on")
     parser.add_argument("--jobs", type=int, default=1, help="variants at once")
-    parser.add_argument("--only", nargs="*", help="variants whose names contain one of these")
+    parser.add_argument("--only", nargs="*", metavar="PATTERN", help="variants of these names, in this order")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides, SALRecipe)
     planned = plan(arguments.steps or recipe.train.steps, recipe.train.batch_size)
     if arguments.only:
-        wanted = {name for name in planned if any(part in name for part in arguments.only)}
-        wanted |= {MAE for name in wanted if planned[name][1]}
-        planned = {name: how for name, how in planned.items() if name in wanted}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(arguments.jobs) as pool,
-        redirect_stdout(sys.stderr),
-    ):
+        wanted = [name for pattern in arguments.only for name in planned if fnmatchcase(name, pattern)]
+        needed = [MAE] if any(planned[name][1] for name in wanted) else []
+        planned = {name: planned[name] for name in (*needed, *wanted)}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = Path(folder)
-        prepared = prepare_data(arguments.data, folder / "prepared", recipe, resumes=False)
-        held_out = prepared
-        if arguments.held_out:
-            held_out = prepare_data(arguments.held_out, folder / "held_out", recipe, resumes=False)
+        with redirect_stdout(sys.stderr):
+            prepared = held_out = prepare_data(arguments.data, folder / "prepared", recipe, resumes=False)
+            if arguments.held_out:
+                held_out = prepare_data(arguments.held_out, folder / "held_out", recipe, resumes=False)
 
         def run(name: str) -> dict[str, dict[str, float]]:
             numbers, warm = planned[name]

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import yaml
 from conftest import PRIMUS, ROOT, blobs, config, launch
 
 import losses.local_alignment
@@ -23,7 +22,7 @@ from losses.local_alignment import (
 )
 from losses.position_contrast import cell_scores, position_contrast
 from pictures.matches import draw_matches, match_of
-from training.metrics import read_held_out
+from training.metrics import read_held_out, read_metrics
 from training.pictures import planes_of
 from training.recipe import load_recipe
 
@@ -269,15 +268,6 @@ def test_what_cannot_work_is_refused_in_one_line(overrides, line):
     assert line in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["primus_m_sal", "resenc_l_sal", "demo_sal"])
-def test_shipped_recipes_are_valid_and_survive_saving(name, tmp_path):
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [], train_sal.SALRecipe)
-    assert recipe.name == name
-    recipe.save(tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml", [], train_sal.SALRecipe) == recipe
-    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["method"] == "sal"
-
-
 def test_the_picture_has_matches_and_places_in_the_second_crop(tmp_path):
     recipe = recipe_of(*TINY_SAL, *TURNED)
     batch = samples_of(recipe)
@@ -306,9 +296,10 @@ def test_a_run_measures_its_matches_and_draws_them(volumes, tmp_path):
 @pytest.mark.slow
 def test_the_sources_form_drives_its_loss_to_nothing_and_finds_no_place(tmp_path):
     small = [number for number in TINY_SAL if not number.startswith(("train.", "run.checkpoint", "data.spacing"))]
-    alone = ["matching.normalisation=length", "loss.position_weight=0", "train.warmup_steps=0"]
-    run = ["train.steps=40", "run.checkpoint_every=1", "run.held_out_batches=4"]
-    launch("--config", config("ddp"), "--output", tmp_path, *small, *alone, *run, script=ROOT / "train_sal.py")
-    seen = read_held_out(tmp_path / "held_out.jsonl")
-    assert seen[-1]["local"] < seen[0]["local"] / 4
-    assert seen[-1]["match_error"] > 0.95 * seen[0]["match_error"]
+    alone = ["matching.normalisation=length", "loss.position_weight=0", "train.warmup_steps=0", "train.steps=60"]
+    launch("--config", config("ddp"), "--output", tmp_path, *small, *alone, script=ROOT / "train_sal.py")
+    local, error = (
+        torch.tensor([r[key] for r in read_metrics(tmp_path / "metrics.jsonl")]) for key in ("local", "match_error")
+    )
+    assert local[-5:].mean() < local[0] / 4
+    assert error[-10:].mean() > 0.95 * error[:5].mean()

@@ -126,15 +126,18 @@ class SALRecipe(Recipe):
                 "loss.reconstruction_weight without a mask only copies: set mask.ratio=0.75, or the weight to 0"
             )
         if self.train.batch_size == self.train.accumulate and self.couples_volumes:
-            warnings.warn("one volume at a time leaves crops without others to be told from", stacklevel=2)
+            warnings.warn(
+                "one volume at a time leaves its crops without others to be told from: raise train.batch_size",
+                stacklevel=2,
+            )
         return self
 
 
 def describe(recipe: SALRecipe) -> Method:
     """What pretraining.json, and with it the model card, will say of the method."""
-    words = dict(zip(TERMS, ("best matches of nearby crops", "places of crops", "masked autoencoding")))
+    words = dict(zip(TERMS, ("matching the cells of nearby crops", "telling crops by place", "masked autoencoding")))
     terms = {term: words[term] for term in recipe.loss.terms()}
-    name = "self-supervised alignment learning"
+    name = "Self-supervised Alignment Learning"
     return Method(name if "local" in terms else "", "SAL, arXiv:2406.15699, carried over to 3D with changes", terms)
 
 

@@ -56,7 +56,7 @@ VARIANTS = {
     "local + position + 5 reconstruction, N over the batch": [BY_BATCH, *MASKED],
 }
 LARGER = 4  # times as many volumes a step, in as many fewer steps
-AGAIN = ("local + position", "local + position, N over the batch")  # in larger batches, and started from an MAE
+AGAIN = ("position, N over the batch", "local + 5 position, N over the batch")  # in larger batches, and after an MAE
 MAE = "half of reconstruction"
 
 

@@ -27,6 +27,7 @@ torch.cuda.init()  # conftest hides the GPUs from what has not begun
 from test_stream import make_stream
 from test_models import PUBLISHED, batch, tiny_cva
 from conftest import prepared
+from methods import METHODS, batch_of, model_of, recipe_of
 from data.stream import render, stack_views
 
 device, failed = torch.device("cuda"), []
@@ -68,12 +69,25 @@ def check_objective(architecture, consistency):
     for term in PUBLISHED:
         torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
 
+def check_method(name, architecture):
+    recipe = recipe_of(name, architecture, *(["model.drop_path_rate=0"] if architecture == "primus" else []))
+    model, data = model_of(name, recipe), batch_of(name, recipe, 4)
+    losses = model(**data)
+    on_gpu, data = model_of(name, recipe).to(device), {key: value.to(device) for key, value in data.items()}
+    on_gpu(**data)["loss"].backward()  # libraries set themselves up
+    found = without_waiting(lambda: on_gpu(**data))
+    without_waiting(lambda: found["loss"].backward())
+    for term in model.terms:
+        torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
+
 ready = prepared(Path(sys.argv[1]), Path(sys.argv[2]))
 for interpolation in ("linear", "cubic"):
     attempt(interpolation, check_batch, ready, interpolation)
 for architecture in ("primus", "resenc"):
     for consistency in ("cosine", "c_cva", "gram"):
         attempt(f"{architecture} {consistency}", check_objective, architecture, consistency)
+    for name in METHODS:
+        attempt(f"{architecture} {name}", check_method, name, architecture)
 assert not failed, failed
 """
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from conftest import TINY, blobs
+from test_sal import TINY_SAL
+from test_spatial_aware import TINY_SPATIAL_AWARE
 
 from benchmarks.script_runs import open_recipe
 from data.stored_volume import HeldVolume
@@ -27,6 +29,8 @@ class Method(NamedTuple):
 
 METHODS = {
     "cva": Method("train_cva", TINY, ()),  # under all of them in test_strategies.py
+    "spatial_aware": Method("train_spatial_aware", TINY_SPATIAL_AWARE, ("fsdp2",)),
+    "sal": Method("train_sal", TINY_SAL, ("zero2",)),
 }
 ARCHITECTURES = ("primus", "resenc")
 

@@ -77,8 +77,8 @@ def test_ranks_do_not_change_losses_or_gradients(of_ranks, case):
     losses, gradients = of_ranks[case]
     expected, theirs = losses_and_gradients(*case)
     assert len(expected) > 1
-    for name, value in expected.items():
-        assert float((losses[name] - value).abs() / value.abs()) < 1e-5, name
+    for name, value in expected.items():  # gaps that nothing has been learned of add up to 1e-10
+        assert float((losses[name] - value).abs()) < 1e-5 * float(value.abs()) + 1e-9, name
     assert difference(gradients, theirs) < 1e-5
 
 

@@ -59,6 +59,7 @@ SCHEMA = pa.schema(
 FOR_RUNS = (
     *("source", "reason", "is_bad", "dataset", "subject", "case", "modality"),
     *("file", "checksum", "shape", "spacing", "padding"),
+    *("foreground_threshold", "foreground_mean", "foreground_std"),
 )
 
 

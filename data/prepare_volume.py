@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from .channels import channel_number
 from .files import write_whole
 from .manifest import MEDIAN, NAME, Preparation, read_manifest
+from .moments import EVERY, moments
 from .nifti import Image, image_of, read_image
 from .series import file_of
 from .sources import Source
@@ -38,7 +39,6 @@ from .volume import (
 
 RETRIES = (1.0, 10.0)  # seconds after which a disk that failed is asked again
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
-EVERY = 3  # voxels of an axis that statistics of the foreground look at
 Read = TypeVar("Read")
 
 
@@ -187,7 +187,7 @@ def _save_volume(job: Job, image: Image, done: Prepared, name: str) -> dict[str,
     to_source = image.to_file[:, :3] @ to_image + np.column_stack([np.zeros((3, 3)), image.to_file[:, 3]])
     checksum, size = _save(voxels, job.folder / "volumes" / name, job.packed)
     foreground = done.voxels[::EVERY, ::EVERY, ::EVERY] > done.foreground_threshold
-    places = EVERY * np.argwhere(foreground if foreground.any() else ~foreground)
+    mean, std = moments(foreground, EVERY)
     ends = {0.0: box.min(), 100.0: box.max()}
     percentiles = np.percentile(box[::EVERY, ::EVERY, ::EVERY], PERCENTILES)
     return {
@@ -205,8 +205,8 @@ def _save_volume(job: Job, image: Image, done: Prepared, name: str) -> dict[str,
         "padding": float(voxels.dtype.type(done.padding)),  # as the voxels of the background are kept
         "foreground_threshold": done.foreground_threshold,
         "foreground_share": foreground.mean(),
-        "foreground_mean": places.mean(axis=0),
-        "foreground_std": places.std(axis=0),
+        "foreground_mean": mean,
+        "foreground_std": std,
     }
 
 

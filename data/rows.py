@@ -21,7 +21,8 @@ def prepare_row(source: Source, content: bytes, how: Preparation) -> HeldVolume:
     rules = how.intensity, how.intensity_of_ct, source.modality
     done = prepare(image.voxels, image.spacing, how.spacing, *rules)
     voxels = done.voxels.astype(how.precision)
-    return HeldVolume(voxels, float(voxels.dtype.type(done.padding)), done.spacing)
+    padding = float(voxels.dtype.type(done.padding))
+    return HeldVolume(voxels, padding, done.spacing, done.foreground_threshold, how.orientation)
 
 
 def subject_of(source: Source) -> str:

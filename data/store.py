@@ -3,6 +3,7 @@
 import errno
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 
 from .channels import channel_number
 from .columns import codes, matrix
+from .frames import Frames, read_frames
 from .manifest import NAME, Manifest
 from .prepare_volume import RETRIES, prepare_again
 from .stored_volume import PACKED, Channels, Volume, open_volume
@@ -40,12 +42,13 @@ class PreparedVolumes(Sequence):
 
     def __init__(self, manifest: Manifest, rows: Sequence[int] | None = None, draw: str = "volumes"):
         table = manifest.volumes if rows is None else manifest.volumes.take(pa.array(rows))
-        self.manifest = manifest
+        self.manifest, self.rows = manifest, rows
         self.files = table["file"].combine_chunks()
         self.sources = table["source"].combine_chunks()
         if pc.any(pc.ends_with(self.files, PACKED)).as_py() and find_spec("blosc2") is None:
             raise ValueError(f"{manifest.folder} holds packed volumes: pip install blosc2")
         self.paddings = table["padding"].combine_chunks()
+        self.thresholds = table["foreground_threshold"].combine_chunks()
         self.spacings = matrix(table["spacing"], 3)
         fixed = manifest.preparation.spacing != NATIVE
         self.spacing = self.spacings[0].tolist() if fixed else NATIVE  # mm, of all
@@ -59,6 +62,16 @@ class PreparedVolumes(Sequence):
             of = {"subjects": self.subjects, "datasets": codes(table["dataset"].fill_null(""))[first]}[draw]
             _, of, counts = np.unique(of, return_inverse=True, return_counts=True)
             self.chances = np.cumsum(1 / counts[of]) / len(counts)
+
+    @cached_property
+    def frames(self) -> Frames:
+        """Of its rows.
+
+        Raises:
+            ValueError: if the file of frames is of other volumes.
+        """
+        found = read_frames(self.manifest)
+        return found if self.rows is None else Frames(*(part[np.asarray(self.rows)] for part in found))
 
     def draw(self, rng: np.random.Generator) -> int:
         """The number of a volume."""
@@ -85,10 +98,14 @@ class PreparedVolumes(Sequence):
 
     def _open(self, row: int) -> Volume:
         try:
-            return open_volume(self._path(row), self.paddings[row].as_py(), self.spacings[row].tolist())
+            numbers = self.paddings[row].as_py(), self.spacings[row].tolist(), self.thresholds[row].as_py()
+            return open_volume(self._path(row), *numbers, partial(self._frame, row))
         except OSError as error:
             error.filename = self._path(row)
             raise
+
+    def _frame(self, row: int) -> np.ndarray:
+        return self.frames.volume_to_frame[row]
 
     def read(self, numbers: Sequence[int], use: Callable[[list[Volume]], Read]) -> Read:
         """What `use` returns of volumes. One that is gone or short is prepared again where its source is still there;

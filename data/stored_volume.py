@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from .moments import EVERY, frames_of_moments, moments
 
 PACKED = ".b2nd"  # a quarter to a third smaller, several times slower to read; needs blosc2
 CHUNK, BLOCK = 64, 32  # voxels an edge that are packed together, and that are unpacked at least
@@ -14,19 +17,26 @@ Read = TypeVar("Read")
 
 
 def open_volume(
-    path: Path, padding: float = 0.0, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    path: Path,
+    padding: float = 0.0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    foreground_threshold: float = 0.0,
+    find_frame: Callable[[], np.ndarray] | None = None,
 ) -> "StoredVolume | PackedVolume":
     """A volume `[X, Y, Z]` of which indexing with three slices reads no more than it must.
 
     Args:
         padding: what is around it.
         spacing: mm of its voxels.
+        foreground_threshold: voxels above are foreground.
+        find_frame: finds its `volume_to_frame`, if that is asked for.
 
     Raises:
         OSError: if it cannot be read, is no volume, or is shorter than it says; indexing, too.
     """
     volume = (PackedVolume if path.suffix == PACKED else StoredVolume)(path)
     volume.padding, volume.spacing = padding, tuple(spacing)
+    volume.foreground_threshold, volume.find_frame = foreground_threshold, find_frame
     return volume
 
 
@@ -42,7 +52,18 @@ def save_volume(array: np.ndarray, file: Path, packed: bool) -> None:
     blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=packing, urlpath=str(file), mode="w")
 
 
-class StoredVolume:
+class FrameFound:
+    """A volume whose place in the frame that all patients share is looked up when it is asked for."""
+
+    find_frame: Callable[[], np.ndarray]
+
+    @property
+    def volume_to_frame(self) -> np.ndarray:
+        """`[3, 4]`, see `frames.py`."""
+        return self.find_frame()
+
+
+class StoredVolume(FrameFound):
     """A `.npy` on the disk; see `open_volume`.
 
     Not a memory map: there, a disk that fails or a file that was cut short ends the process.
@@ -83,7 +104,7 @@ class StoredVolume:
             self.file.close()
 
 
-class PackedVolume:
+class PackedVolume(FrameFound):
     """The same of a `.b2nd`."""
 
     def __init__(self, path: Path):
@@ -99,11 +120,25 @@ class PackedVolume:
 
 
 class HeldVolume:
-    """The same in memory, `[X, Y, Z]` or `[C, X, Y, Z]`."""
+    """The same in memory, `[X, Y, Z]` or `[C, X, Y, Z]`; `orientation` is that of its axes."""
 
-    def __init__(self, voxels: np.ndarray, padding: float = 0.0, spacing: Sequence[float] = (1.0, 1.0, 1.0)):
+    def __init__(
+        self,
+        voxels: np.ndarray,
+        padding: float = 0.0,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        foreground_threshold: float = 0.0,
+        orientation: str = "RAS",
+    ):
         self.voxels, self.padding, self.spacing = voxels, padding, tuple(spacing)
+        self.foreground_threshold, self.orientation = foreground_threshold, orientation
         self.shape, self.dtype = voxels.shape[-3:], voxels.dtype
+
+    @cached_property
+    def volume_to_frame(self) -> np.ndarray:
+        """Level 0, of its first channel: `[3, 4]`, see `frames.py`."""
+        few = self.voxels.reshape(-1, *self.shape)[0, ::EVERY, ::EVERY, ::EVERY]
+        return frames_of_moments(*moments(few > self.foreground_threshold, EVERY), self.orientation)
 
     def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
         return self.voxels[(..., *box)]
@@ -118,6 +153,13 @@ class Channels:
         first = next(volume for volume in volumes if volume is not None)
         self.shape, self.dtype, self.spacing = first.shape, first.dtype, first.spacing
         self.padding = np.array([volume.padding if volume else 0.0 for volume in volumes])  # [C]
+        self.foreground_threshold = np.array([volume.foreground_threshold if volume else np.inf for volume in volumes])
+        self.first = first
+
+    @property
+    def volume_to_frame(self) -> np.ndarray:
+        """Of the first channel that is there; all lie on one grid."""
+        return self.first.volume_to_frame
 
     def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
         size = [len(range(*part.indices(n))) for part, n in zip(box, self.shape)]

@@ -45,6 +45,11 @@ class Recipe(Section):
         """Whether the loss of a batch is more than the mean over its volumes: batch norm, negatives."""
         return True
 
+    @property
+    def uses_frames(self) -> bool:
+        """Whether samples depend on the frames that patients share (`data/frames.py`)."""
+        return False
+
     def of_stream(self) -> dict[str, Any]:
         """What a `SampleStream` takes of the sections that all methods have."""
         views, mask = self.views.model_dump(include={*OF_STREAM}), self.mask

@@ -42,7 +42,11 @@ def open_data(
     volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
     validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
     say_what_is_trained_on(split, volumes, say)
-    facts = {"data": manifest.fingerprint(), "volumes": len(volumes), "validation_subjects": split.subjects[1]}
+    data = manifest.fingerprint()
+    if recipe.uses_frames:
+        say(f"frames      {volumes.frames.words()}")
+        data = f"{data} {volumes.frames.fingerprint()}"
+    facts = {"data": data, "volumes": len(volumes), "validation_subjects": split.subjects[1]}
     return RunData(volumes, validation, None, volumes.spacing, facts)
 
 

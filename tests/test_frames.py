@@ -1,0 +1,201 @@
+"""The frame that patients share, and crops of the same place in two of them."""
+
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs, prepared, save_nifti
+
+from data.frames import NAME, carry, pair_views, read_frames, write_frames
+from data.manifest import FOR_RUNS, read_manifest
+from data.moments import frames_of_moments
+from data.store import PreparedVolumes
+from data.stored_volume import HeldVolume
+from data.stream import MicroBatches, SampleStream, make_loader
+from data.views import draw_turn
+
+STILL = {"mirror": 0.0, "rotation": {"probability": 0.0, "degrees": (0.0,) * 3}, "zoom": {"probability": 0.0}}
+STILL["zoom"]["range"] = (0.7, 1.4)
+TURNED = {
+    "mirror": 0.5,
+    "rotation": {"probability": 1.0, "degrees": (30.0, 30.0, 30.0)},
+    "zoom": {"probability": 1.0, "range": (0.7, 1.4)},
+}
+
+
+@pytest.fixture(scope="module")
+def ready(volumes, tmp_path_factory) -> PreparedVolumes:
+    return prepared(volumes, tmp_path_factory.mktemp("ready"))
+
+
+def gaussian(shape, centre, widths) -> np.ndarray:
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return np.exp(-(((grid - centre) / widths) ** 2).sum(-1)).astype(np.float32) - 0.3
+
+
+def test_the_moments_of_the_foreground_are_the_same_in_every_frame():
+    for orientation, extent in {"RAS": (40, 50, 40), "LPS": (40, 50, 40), "ASR": (50, 40, 40)}.items():
+        voxels = gaussian((60, 50, 40), (25, 30, 18), (15, 11, 9))
+        volume = HeldVolume(voxels, spacing=(1, 1, 2), orientation=orientation)
+        places = carry(volume.volume_to_frame, np.argwhere(voxels > 0))
+        np.testing.assert_allclose(places.mean(0), 0, atol=2)
+        np.testing.assert_allclose(places.std(0), extent, rtol=0.05)
+
+
+def test_a_volume_without_foreground_and_a_flat_one_have_a_frame():
+    for voxels in (np.zeros((9, 9, 9), np.float32), np.ones((9, 9, 1), np.float32)):
+        frame = HeldVolume(voxels).volume_to_frame
+        assert np.isfinite(frame).all()
+        assert np.linalg.det(frame[:, :3]) > 0
+
+
+def test_prepared_volumes_and_the_same_in_memory_have_the_same_frame(ready):
+    for volume in ready:
+        held = HeldVolume(volume[:, :, :], volume.padding, volume.spacing, volume.foreground_threshold)
+        np.testing.assert_allclose(volume.volume_to_frame, held.volume_to_frame, rtol=1e-6)
+    assert np.array_equal(ready.frames.level, [0, 0, 0])
+
+
+def test_a_part_of_the_volumes_has_their_frames_and_the_columns_of_runs_suffice(ready):
+    some = PreparedVolumes(read_manifest(ready.manifest.folder, FOR_RUNS), [2, 0])
+    assert np.array_equal(some[0].volume_to_frame, ready[2].volume_to_frame)
+    assert np.array_equal(some[1].volume_to_frame, ready[0].volume_to_frame)
+
+
+def test_channels_lie_where_the_first_that_is_there_does(tmp_path):
+    for name, seed in (("sub-1/anat/sub-1_T1w", 0), ("sub-1/anat/sub-1_T2w", 1), ("sub-2/anat/sub-2_T2w", 2)):
+        save_nifti(tmp_path / f"raw/{name}.nii", blobs(seed))
+    volumes = prepared(tmp_path / "raw", tmp_path / "ready", channels=("T1w", "T2w"))
+    rows = read_frames(volumes.manifest).volume_to_frame
+    for number, (volume, first) in enumerate(zip(volumes, (0, 2))):
+        assert np.array_equal(volume.volume_to_frame, rows[first]), number
+    pair_views(np.random.default_rng(0), [*volumes], np.eye(3), [np.eye(3)] * 2, (16, 16, 16), 0.0, 4.0)
+
+
+def test_frames_on_the_disk_are_those_of_their_volumes_alone(ready, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(ready.manifest.folder, folder)
+    manifest = read_manifest(folder)
+    frames = read_frames(manifest)
+    moved = frames._replace(volume_to_frame=frames.volume_to_frame + 1.0, level=frames.level + 1)
+    write_frames(manifest, moved, encoder="none")
+    assert read_frames(manifest).fingerprint() == moved.fingerprint() != frames.fingerprint()
+    assert np.array_equal(PreparedVolumes(manifest)[1].volume_to_frame, moved.volume_to_frame[1])
+    assert read_frames(manifest).words() == "3 of 3 volumes aligned by features"
+
+    (folder / NAME).write_bytes((folder / NAME).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"is damaged .*run align_volumes.py again, or remove it"):
+        read_frames(manifest)
+    written = write_frames(manifest, moved)
+    save_nifti(tmp_path / "other/d.nii", blobs(3))
+    other = prepared(tmp_path / "other", tmp_path / "there")
+    shutil.copy(written, other.manifest.folder)
+    assert other[0][:2, :2, :2].shape == (2, 2, 2)  # who uses no frames does not care
+    with pytest.raises(ValueError, match=r"is of other volumes than .* has now: run align_volumes.py again, or remove"):
+        _ = other[0].volume_to_frame
+
+
+# --------------------------------------------------------------------------- pairs of crops
+
+SIZE = (12, 10, 8)
+
+
+def two_patients() -> list[HeldVolume]:
+    return [
+        HeldVolume(gaussian((60, 50, 40), (28, 26, 20), (22, 18, 15))),
+        HeldVolume(gaussian((50, 56, 30), (24, 30, 14), (19, 20, 10)), spacing=(1.0, 1.0, 1.5)),
+    ]
+
+
+def centres(views: np.ndarray) -> np.ndarray:
+    return views[:, :, :3] @ ((np.array(SIZE) - 1) / 2) + views[:, :, 3]
+
+
+@pytest.mark.parametrize("turn", [STILL, TURNED], ids=["still", "turned"])
+def test_both_crops_show_what_the_frames_call_the_same_place(turn):
+    a, b = two_patients()
+    apart, found = [], []
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        shared = draw_turn(rng, turn, a.spacing)
+        views = pair_views(rng, [a, b], shared, [np.eye(3)] * 2, SIZE, 0.0, 0.0)
+        first, second = centres(views)
+        found.append(a.voxels[tuple(np.round(first).astype(int))] > 0)
+        linear = np.array([a.spacing, b.spacing])[:, :, None] * views[:, :, :3]
+        np.testing.assert_allclose(linear[1], linear[0], atol=1e-12)  # the same in mm
+        apart.append(np.abs(carry(a.volume_to_frame, first) - carry(b.volume_to_frame, second)))
+    assert np.mean(found) > 0.97
+    scale = np.diag(b.volume_to_frame[:, :3])
+    apart = np.array(apart) / scale  # in voxels of the second
+    assert np.median(apart) <= 0.3
+    assert (apart.max(axis=1) <= 0.501).mean() > (0.9 if turn is STILL else 0.5)  # the others were moved inside
+
+
+def test_crops_that_are_not_turned_are_copies():
+    a, _ = two_patients()
+    for number in range(50):
+        rng = np.random.default_rng(number)
+        mirror = np.diag(np.where(rng.random(3) < 0.5, -1.0, 1.0))
+        views = pair_views(rng, [a, two_patients()[0]], mirror, [np.eye(3)] * 2, SIZE, 0.25, 4.0)
+        assert np.array_equal(views[:, :, 3], np.round(views[:, :, 3]))
+
+
+def test_jitter_is_in_mm_and_a_single_volume_is_its_own_partner():
+    _, b = two_patients()
+    moves = []
+    for number in range(1000):
+        views = pair_views(np.random.default_rng(number), [b], np.eye(3), [np.eye(3)] * 2, SIZE, 0.0, 4.0)
+        first, second = centres(views)
+        free = np.array(b.shape) - SIZE
+        low = second - np.array(SIZE) / 2 + 0.5
+        at_the_end = (low <= -np.array(SIZE) / 6 + 1) | (low >= free + np.array(SIZE) / 6 - 1)
+        moves.append(np.where(at_the_end, np.nan, (second - first) * b.spacing))
+    np.testing.assert_allclose(np.nanstd(moves, axis=0)[:2], 4.0, rtol=0.1)
+
+
+def test_at_least_half_of_a_crop_lies_in_its_volume_whatever_the_frames_say():
+    a, b = two_patients()
+    grid = np.stack(np.meshgrid(*map(np.arange, SIZE), indexing="ij")).reshape(3, -1)
+    for number in range(100):
+        rng = np.random.default_rng(number)
+        b.volume_to_frame = frames_of_moments(rng.uniform(-30, 80, 3), rng.uniform(3, 20, 3), "RAS")
+        shared = draw_turn(rng, TURNED, a.spacing)
+        _, second = pair_views(rng, [a, b], shared, [np.eye(3)] * 2, SIZE, 0.0, 4.0)
+        places = carry(second, grid.T)
+        assert ((places > -0.5) & (places < np.array(b.shape) - 0.5)).all(1).mean() >= 0.45  # a voxel is cut or not
+
+
+def test_a_crop_larger_than_the_volumes_is_centred():
+    a, b = two_patients()
+    views = pair_views(np.random.default_rng(0), [a, b], np.eye(3), [np.eye(3)] * 2, (128, 128, 128), 0.0, 4.0)
+    for view, volume in zip(views, (a, b)):
+        centre = view[:, :3] @ np.full(3, 63.5) + view[:, 3]
+        np.testing.assert_allclose(centre, (np.array(volume.shape) - 1) / 2, atol=1)
+
+
+def test_own_turns_leave_centres_where_they_are():
+    rng = np.random.default_rng(0)
+    own = [draw_turn(rng, TURNED), draw_turn(rng, TURNED)]
+    still, turned = (
+        pair_views(np.random.default_rng(5), two_patients(), np.eye(3), turns, SIZE, 0.0, 4.0)
+        for turns in ([np.eye(3)] * 2, own)
+    )
+    np.testing.assert_allclose(centres(still), centres(turned), atol=1e-9)
+    np.testing.assert_allclose(turned[:, :, :3], still[:, :, :3] @ own, atol=1e-12)
+
+
+def test_a_pair_depends_on_its_number_alone(ready):
+    draw = partial(pair_views, crop_size=(16, 16, 16), overhang=0.0, jitter=4.0)
+    sizes = {"crop_size": (16, 16, 16), "coarsest_last": False, "interpolation": "linear", "intensity": {}}
+    numbers = sizes | {"shared": TURNED, "independent": TURNED, "mask_block": 8, "mask_ratio": 0.5}
+    make = lambda: SampleStream(ready, 0, **numbers, views=2, draw=draw, patients=2)  # noqa: E731
+    one = list(make_loader(make(), MicroBatches(0, 4, 2, 1, 0, 1), 0, False))
+    two = list(make_loader(make(), MicroBatches(0, 4, 2, 1, 0, 1), 2, False))
+    for ours, theirs in zip(one, two):
+        assert torch.equal(ours["crop_to_volume"], theirs["crop_to_volume"])
+    rank = [list(make_loader(make(), MicroBatches(2, 4, 2, 1, rank, 2), 0, False)) for rank in (0, 1)]
+    for number, whole in enumerate(one[2:]):
+        parts = torch.stack([rank[r][number]["crop_to_volume"] for r in (0, 1)], dim=1).flatten(0, 1)
+        assert torch.equal(parts, whole["crop_to_volume"])

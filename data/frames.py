@@ -42,24 +42,29 @@ class Frames(NamedTuple):
         return hashlib.sha256(np.ascontiguousarray(self.volume_to_frame).tobytes()).hexdigest()[:16]
 
 
+def frames_by_moments(manifest: Manifest) -> Frames:
+    """Level 0; of the columns `FOR_RUNS`."""
+    means, stds = (matrix(manifest.volumes[f"foreground_{what}"], 3) for what in ("mean", "std"))
+    frames = frames_of_moments(means, stds, manifest.preparation.orientation)
+    return Frames(frames, np.zeros(len(frames), np.uint8))
+
+
 def read_frames(manifest: Manifest) -> Frames:
-    """Level 1 where the folder was aligned, else level 0; of the columns `FOR_RUNS`.
+    """Level 1 where the folder was aligned, else level 0.
 
     Raises:
         ValueError: if the folder was aligned when it had other volumes, or the file is damaged.
     """
-    path, rows = manifest.folder / NAME, manifest.volumes
+    path = manifest.folder / NAME
     if not path.exists():
-        means, stds = (matrix(rows[f"foreground_{what}"], 3) for what in ("mean", "std"))
-        frames = frames_of_moments(means, stds, manifest.preparation.orientation)
-        return Frames(frames, np.zeros(len(rows), np.uint8))
+        return frames_by_moments(manifest)
     again = "run align_volumes.py again, or remove it"
     try:
         with np.load(path, allow_pickle=False) as file:
             found, frames = str(file["manifest"]), Frames(file["volume_to_frame"], file["level"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): {again}") from None
-    if found != manifest.fingerprint() or frames.volume_to_frame.shape != (len(rows), 3, 4):
+    if found != manifest.fingerprint() or frames.volume_to_frame.shape != (len(manifest.volumes), 3, 4):
         raise ValueError(f"{path} is of other volumes than {manifest.folder} has now: {again}")
     return frames
 
@@ -80,9 +85,15 @@ def carry(affine: np.ndarray, places: np.ndarray) -> np.ndarray:
     return places @ affine[:, :3].T + affine[:, 3]
 
 
-def carry_back(affine: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The inverse of `carry`."""
-    return (places - affine[:, 3]) @ np.linalg.inv(affine[:, :3]).T
+def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The affine `[3, 4]` of first `inner`, then `outer`."""
+    return np.column_stack((outer[:, :3] @ inner[:, :3], carry(outer, inner[:, 3])))
+
+
+def inverse(affine: np.ndarray) -> np.ndarray:
+    """`[3, 4]`."""
+    back = np.linalg.inv(affine[:, :3])
+    return np.column_stack((back, -back @ affine[:, 3]))
 
 
 def pair_views(
@@ -113,7 +124,7 @@ def pair_views(
     shift = rng.normal(0.0, jitter, 3) / second.spacing
     centres = tries[:, :, :3] @ middle + tries[:, :, 3]
     centre = next((place for place in centres if _in_foreground(first, place)), centres[-1])
-    there = carry_back(second.volume_to_frame, carry(first.volume_to_frame, centre)) + shift
+    there = carry(compose(inverse(second.volume_to_frame), first.volume_to_frame), centre) + shift
     turn = shared * np.divide(first.spacing, second.spacing)[:, None]
     there = _inside(there, second.shape, np.abs(turn) @ np.asarray(crop_size))
     crops = ((shared @ own[0], centre), (turn @ own[1], there))

@@ -84,13 +84,18 @@ class PreparedVolumes(Sequence):
 
     def path(self, number: int) -> Path:
         """Of the first channel that is there."""
-        return self._path(self._rows(number)[0])
+        return self._path(self.rows_of(number)[0])
+
+    def name(self, number: int) -> str:
+        """Of the same, the path of its source."""
+        return self.sources[self.rows_of(number)[0]].as_py()
 
     def __getitem__(self, number: int) -> Volume:
         opened = [self._open(row) if row >= 0 else None for row in self.channels[number].tolist()]
         return opened[0] if len(opened) == 1 else Channels(opened)
 
-    def _rows(self, number: int) -> list[int]:
+    def rows_of(self, number: int) -> list[int]:
+        """Of its channels that are there, among those that were chosen."""
         return [row for row in self.channels[number].tolist() if row >= 0]
 
     def _path(self, row: int) -> Path:
@@ -129,7 +134,7 @@ class PreparedVolumes(Sequence):
 
     def _restore(self, number: int) -> bool:
         try:
-            return any([prepare_again(self.manifest.folder, self.sources[row].as_py()) for row in self._rows(number)])
+            return any([prepare_again(self.manifest.folder, self.sources[row].as_py()) for row in self.rows_of(number)])
         except (OSError, BadVolume):
             return False
 

@@ -68,11 +68,12 @@ def draw_heads(maps: Path, images: Path, labels: Path) -> None:
         voxels = np.maximum(gaussian_filter(voxels, 0.7) * np.exp(bias), 0) * (label > 0)
         for folder, array in ((images, voxels.astype(np.int16)), (labels, label)):
             folder.mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(array, image.affine), folder / file.name)
+            nib.save(nib.Nifti1Image(array, image.affine), folder / file.stem)  # .nii, which is faster to write
 
 
-def prepare(images: Path, labels: Path, folder: Path, spacing: float) -> PreparedVolumes:
+def prepare(images: Path, labels: Path, folder: Path, spacing: float, most: int | None) -> PreparedVolumes:
     listing = find_sources(images, labels=labels)
+    listing = listing._replace(sources=listing.sources[:most])
     job = Job(folder, listing.root, Preparation("RAS", (spacing,) * 3), labels=labels)
     assert prepare_folder(listing, job, 2) == 0
     return PreparedVolumes(read_manifest(folder))
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--labels", type=Path)
     parser.add_argument("--brain-labels", type=Path, help="folder of SynthSeg's label maps, instead of the two")
     parser.add_argument("--spacing", type=float, default=1.0, help="mm that volumes are prepared at")
+    parser.add_argument("--volumes", type=int, help="the first so many (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--pairs", type=int, default=60, help="of patients that are measured")
     parser.add_argument("--folder", type=Path, help="to keep volumes and encoders in, and to find them again")
@@ -121,7 +123,7 @@ def main() -> None:
         if not images.exists():
             folder.mkdir(exist_ok=True)
             draw_heads(arguments.brain_labels, images, labels)
-    volumes = prepare(images, labels, folder / "ready", arguments.spacing)
+    volumes = prepare(images, labels, folder / "ready", arguments.spacing, arguments.volumes)
     overrides = [*SMALL, f"data.spacing={[arguments.spacing] * 3}", f"train.steps={arguments.steps}"]
     overrides += ["train.warmup_steps=20", f"run.checkpoint_every={arguments.steps}"]
     recipe = load_recipe(DEMO, overrides, CVARecipe)

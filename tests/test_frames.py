@@ -2,19 +2,28 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import blobs, prepared, save_nifti
+import torch.nn.functional as F
+from conftest import TINY, blobs, prepared, save_nifti
+from scipy.ndimage import affine_transform
+from scipy.spatial.transform import Rotation
 
-from data.frames import NAME, carry, pair_views, read_frames, write_frames
+from data.demo import demo_volume
+from data.frames import NAME, carry, compose, frames_by_moments, inverse, pair_views, read_frames, write_frames
 from data.manifest import FOR_RUNS, read_manifest
 from data.moments import frames_of_moments
+from data.nifti import read_image
 from data.store import PreparedVolumes
 from data.stored_volume import HeldVolume
 from data.stream import MicroBatches, SampleStream, make_loader
 from data.views import draw_turn
+from train_cva import DEMO, CVARecipe
+from training import run_data
+from training.recipe import load_recipe
 
 STILL = {"mirror": 0.0, "rotation": {"probability": 0.0, "degrees": (0.0,) * 3}, "zoom": {"probability": 0.0}}
 STILL["zoom"]["range"] = (0.7, 1.4)
@@ -199,3 +208,79 @@ def test_a_pair_depends_on_its_number_alone(ready):
     for number, whole in enumerate(one[2:]):
         parts = torch.stack([rank[r][number]["crop_to_volume"] for r in (0, 1)], dim=1).flatten(0, 1)
         assert torch.equal(parts, whole["crop_to_volume"])
+
+
+class WithFrames(CVARecipe):
+    @property
+    def uses_frames(self) -> bool:
+        return True
+
+
+def test_other_frames_are_other_data_to_the_runs_that_use_them(ready, tmp_path, monkeypatch):
+    folder = tmp_path / "ready"
+    shutil.copytree(ready.manifest.folder, folder)
+    monkeypatch.setattr(run_data, "from_main_rank", lambda _, make: make())
+    launch = SimpleNamespace(streams=False, data=folder, prepared=None, resume=True)
+    recipe = load_recipe(DEMO, TINY, CVARecipe)
+    with_frames = load_recipe(DEMO, TINY, WithFrames)
+    print_nothing = lambda _: None  # noqa: E731
+
+    def data(recipe):
+        return run_data.open_data(launch, recipe, None, print_nothing).facts["data"]
+
+    assert data(recipe) == ready.manifest.fingerprint()
+    by_moments = data(with_frames)
+    frames = frames_by_moments(ready.manifest)
+    write_frames(read_manifest(folder), frames._replace(volume_to_frame=frames.volume_to_frame * 1.1))
+    assert data(recipe) == ready.manifest.fingerprint()
+    assert data(with_frames) != by_moments
+    (folder / NAME).unlink()
+    assert data(with_frames) == by_moments
+
+
+# --------------------------------------------------------------------------- patients made of one template
+
+
+def patient(template: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The template turned up to 10 degrees about each axis, zoomed by up to a tenth along each, of another contrast;
+    and the affine `[3, 4]` from its voxels to the template's."""
+    matrix = Rotation.from_euler("xyz", rng.uniform(-10, 10, 3), degrees=True).as_matrix() * rng.uniform(0.9, 1.1, 3)
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in template.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    ends = corners @ np.linalg.inv(matrix).T
+    low = ends.min(0)
+    shape = np.ceil(ends.max(0) - low).astype(int) + 1
+    affine = np.column_stack((matrix, matrix @ low))
+    voxels = affine_transform(template, matrix, affine[:, 3], tuple(shape), order=1)
+    return (1000 * (voxels / template.max()).clip(0) ** rng.uniform(0.7, 1.5)).astype(np.int16), affine
+
+
+Patients = tuple[PreparedVolumes, list[np.ndarray], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory) -> Patients:
+    """The template and 20 patients, prepared; affines from their voxels to the template's; places of its brain."""
+    folder, rng = tmp_path_factory.mktemp("patients"), np.random.default_rng(0)
+    template = F.avg_pool3d(torch.from_numpy(read_image(demo_volume(), "RAS").voxels)[None], 3)[0].numpy()
+    made = [(template.astype(np.int16), np.eye(3, 4)), *(patient(template, rng) for _ in range(20))]
+    for number, (voxels, _) in enumerate(made):
+        save_nifti(folder / f"raw/{number:02d}.nii", voxels, (3.0, 3.0, 3.0))
+    volumes = prepared(folder / "raw", folder / "ready", spacing=(3.0, 3.0, 3.0))
+    to_source = volumes.manifest.volumes["prepared_to_source"].to_pylist()
+    affines = [compose(affine, np.reshape(there, (3, 4))) for (_, affine), there in zip(made, to_source)]
+    return volumes, affines, np.argwhere(template > 0.2 * template.max()).astype(float)
+
+
+def errors(patients: Patients, frames: np.ndarray | None) -> np.ndarray:
+    """Mean mm by which places of each patient are carried past where they are in the template, `[20]`."""
+    _, affines, places = patients
+    here = [carry(inverse(affine), places) for affine in affines]
+    ways = [np.eye(3, 4)] * 21 if frames is None else [compose(inverse(frames[0]), frame) for frame in frames]
+    return 3 * np.array([np.linalg.norm(carry(w, p) - here[0], axis=1).mean() for w, p in zip(ways[1:], here[1:])])
+
+
+def test_level_0_is_nearer_than_the_same_voxel_is(patients):
+    same_voxel, moments = errors(patients, None), errors(patients, frames_by_moments(patients[0].manifest)[0])
+    print(same_voxel, moments)
+    assert moments.mean() < 10
+    assert (moments < same_voxel).all()

@@ -11,6 +11,7 @@ one must have the same. To go back to level 0, remove the file. Killed, it has w
 
 import argparse
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from data.volume import axis_order
 from models import dense_features, load_encoder
 from training.command_line import run as run_script
 
+FINE = 8.0  # mm: where cells are larger, those of the reference overlap, or matches would be too coarse for an affine
 SHOWN = 20  # volumes that keep level 0 and are named
 
 
@@ -71,43 +73,69 @@ def cell_size(encoder: PreTrainedModel, tile: tuple[int, ...]) -> int:
     return cell
 
 
-@torch.no_grad()
 def foreground_cells(
-    volume: Volume, encoder: PreTrainedModel, tile: tuple[int, ...], cell: int, batch_size: int
+    volume: Volume,
+    encoder: PreTrainedModel,
+    tile: tuple[int, ...],
+    cell: int,
+    batch_size: int,
+    apart: int | None = None,
 ) -> Cells:
     """The cells of which half is foreground, their features without the mean over them.
 
-    Tiles overlap by two cells, and each loses the cells along its border, which see less of what is around them.
+    Args:
+        tile, cell: in voxels along the axes of crops.
+        apart: voxels between cells, if they are to overlap.
     """
-    order = axis_order(volume.spacing, (encoder.config.preprocessing or {}).get("coarsest_last", False))
+    order = list(axis_order(volume.spacing, (encoder.config.preprocessing or {}).get("coarsest_last", False)))
     voxels = torch.from_numpy(np.float32(volume[:, :, :])).reshape(-1, *volume.shape)
     voxels = voxels.permute(0, *(axis + 1 for axis in order))
     padding, threshold = (
         torch.from_numpy(np.float32(number).reshape(-1, 1, 1, 1))
         for number in (volume.padding, volume.foreground_threshold)
     )
-    inner = [size - 2 * cell for size in tile]
-    counts = [-(-size // step) for size, step in zip(voxels.shape[1:], inner)]
-    beyond = [count * step - size for count, step, size in zip(counts, inner, voxels.shape[1:])]
-    ends = [side for extra in reversed(beyond) for side in (0, extra)]
+    foreground = (voxels > threshold).any(0, keepdim=True).float()
+    features, places = [], []
+    for before in itertools.product(range(0, cell, apart or cell), repeat=3):  # voxels that the first cells begin early
+        maps = dense_maps(voxels - padding, before, padding, encoder, tile, cell, batch_size)
+        ends = [end - n - size for end, n, size in zip(np.multiply(cell, maps.shape[:3]), before, voxels.shape[1:])]
+        around = [side for pair in zip(reversed(before), reversed(ends)) for side in pair]
+        inside = F.avg_pool3d(F.pad(foreground, around), cell)[0] >= 0.5
+        features.append(maps[inside.to(maps.device)])
+        places.append(cell * inside.nonzero().numpy() + (cell - 1) / 2 - before)
+    features, places = torch.cat(features), np.concatenate(places)[:, np.argsort(order)]
+    return Cells(F.normalize(features - features.mean(0), dim=1), places * volume.spacing)
 
-    padded = F.pad(voxels - padding, [end + cell for end in ends]) + padding
+
+@torch.no_grad()
+def dense_maps(
+    voxels: torch.Tensor,
+    before: tuple[int, ...],
+    padding: torch.Tensor,
+    encoder: PreTrainedModel,
+    tile: tuple[int, ...],
+    cell: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Features `[x, y, z, D]` of the cells of a volume, the first of which begins some voxels `before` it.
+
+    Tiles overlap by two cells, and each loses the cells along its border, which see less of what is around them.
+
+    Args:
+        voxels: `[C, X, Y, Z]`, counted from `padding` `[C, 1, 1, 1]`.
+    """
+    inner = [size - 2 * cell for size in tile]
+    counts = [-(-(size + n) // step) for size, n, step in zip(voxels.shape[1:], before, inner)]
+    after = [count * step - size - n for count, step, size, n in zip(counts, inner, voxels.shape[1:], before)]
+    padded = F.pad(voxels, [side + cell for pair in zip(reversed(before), reversed(after)) for side in pair]) + padding
     for axis, (size, step) in enumerate(zip(tile, inner), start=1):
         padded = padded.unfold(axis, size, step)  # ends as [C, a, b, c, X, Y, Z]
-    places = list(np.ndindex(*counts))
-    maps = []
+    places, maps = list(np.ndindex(*counts)), []
     for first in range(0, len(places), batch_size):
         tiles = torch.stack([padded[:, a, b, c] for a, b, c in places[first : first + batch_size]])
         maps.append(dense_features(encoder, tiles.to(encoder.device))[:, :, 1:-1, 1:-1, 1:-1].float())
     grid = [count * step // cell for count, step in zip(counts, inner)]
-    features = torch.cat(maps).unflatten(0, counts).permute(0, 4, 1, 5, 2, 6, 3).reshape(*grid, -1)
-
-    foreground = (voxels > threshold).any(0, keepdim=True).float()
-    inside = F.avg_pool3d(F.pad(foreground, ends), cell)[0] >= 0.5
-    features = features[inside.to(features.device)]
-    features = F.normalize(features - features.mean(0), dim=1)
-    centres = cell * inside.nonzero().double().numpy() + (cell - 1) / 2
-    return Cells(features, centres[:, np.argsort(order)] * volume.spacing)
+    return torch.cat(maps).unflatten(0, counts).permute(0, 4, 1, 5, 2, 6, 3).reshape(*grid, -1)
 
 
 def align_all(
@@ -120,7 +148,8 @@ def align_all(
 ) -> tuple[Frames, list[Alignment]]:
     """Frames of the rows of the manifest, and how each volume but the reference was aligned."""
     frames, cell = frames_by_moments(volumes.manifest), cell_size(encoder, tile)
-    first, found = foreground_cells(volumes[reference], encoder, tile, cell, batch), []
+    apart = max(1, min(cell, int(FINE / max(volumes[reference].spacing))))
+    first, found = foreground_cells(volumes[reference], encoder, tile, cell, batch, apart), []
     of_reference = _in_mm(volumes, frames, reference)
     for number in tqdm(range(len(volumes)), desc="aligning volumes", unit="volume"):
         rows = volumes.rows_of(number)

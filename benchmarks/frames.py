@@ -48,7 +48,7 @@ SMALL = [
     "run.workers=0",
 ]
 FEWEST = 50  # voxels of a structure that counts
-LAST_INSIDE = 499  # of SynthSeg's labels, those of the brain
+HIGHEST = 500  # labels from here on, SynthSeg's of what is outside of the brain, count for nothing
 
 Carry = Callable[[int, int, np.ndarray], np.ndarray]  # places of one volume in voxels -> of another
 
@@ -87,22 +87,26 @@ def measure(labels: list[np.ndarray], spacing: float, pairs: list[tuple[int, int
     """Mean distance of centres in mm, and mean Dice, over structures and pairs."""
     distances, dices = [], []
     for a, b in pairs:
-        ours, theirs = labels[a], labels[b]
-        grid = np.stack(np.meshgrid(*map(np.arange, ours.shape), indexing="ij"), axis=-1).reshape(-1, 3)
-        there = np.round(way(a, b, grid)).astype(int)
-        inside = ((there >= 0) & (there < theirs.shape)).all(1)
-        carried = np.zeros(len(grid), theirs.dtype)
-        carried[inside] = theirs[tuple(there[inside].T)]
-        flat = ours.reshape(-1)
-        for structure in np.intersect1d(ours, theirs):
-            mine, other = flat == structure, np.argwhere(theirs == structure)
-            if not 0 < structure <= LAST_INSIDE or min(mine.sum(), len(other)) < FEWEST:
-                continue
-            centre = way(a, b, grid[mine].mean(0))
-            distances.append(spacing * np.linalg.norm(centre - other.mean(0)))
-            both = (carried[mine] == structure).sum()
-            dices.append(2 * both / (mine.sum() + (carried == structure).sum()))
+        places = np.argwhere(labels[a] >= 0)
+        there = np.round(way(a, b, places)).astype(int)
+        inside = ((there >= 0) & (there < labels[b].shape)).all(1)
+        carried = np.zeros(len(places), labels[b].dtype)
+        carried[inside] = labels[b][tuple(there[inside].T)]
+        ours = labels[a].reshape(-1)
+        both, sizes = (np.bincount(found, minlength=HIGHEST) for found in (ours[ours == carried], carried))
+        (of_a, centres), (of_b, goals) = (_centres(labels[number]) for number in (a, b))
+        known = np.flatnonzero((np.minimum(of_a, of_b) >= FEWEST) & (np.arange(HIGHEST) > 0))
+        distances += (spacing * np.linalg.norm(way(a, b, centres[known]) - goals[known], axis=1)).tolist()
+        dices += (2 * both[known] / (of_a[known] + sizes[known])).tolist()
     return float(np.mean(distances)), float(np.mean(dices))
+
+
+def _centres(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels of each structure, and the mean of their places."""
+    sizes = np.bincount(label.reshape(-1), minlength=HIGHEST)
+    places = np.argwhere(label >= 0)
+    sums = [np.bincount(label.reshape(-1), along, minlength=HIGHEST) for along in places.T]
+    return sizes, np.stack(sums, axis=1) / np.maximum(sizes, 1)[:, None]
 
 
 def main() -> None:
@@ -151,9 +155,8 @@ def main() -> None:
         kept[f"level 1: {name}"] = [f"{len(found) - len(good)} of {len(found)}", *median]
     rng = np.random.default_rng(0)
     pairs = [tuple(rng.choice(len(volumes), 2, replace=False).tolist()) for _ in range(arguments.pairs)]
-    label_maps = [
-        open_volume(folder / "ready" / file)[:, :, :] for file in volumes.manifest.volumes["label"].to_pylist()
-    ]
+    files = [folder / "ready" / file for file in volumes.manifest.volumes["label"].to_pylist()]
+    label_maps = [np.where(label < HIGHEST, label, 0) for label in (open_volume(file)[:, :, :] for file in files)]
     print(f"{len(volumes)} patients, {len(pairs)} pairs; residuals in mm, medians over the volumes that were aligned\n")
     print("| place in the other patient | centres, mm | Dice | kept level 0 | matches | residual before | after |")
     print("|---|---|---|---|---|---|---|")

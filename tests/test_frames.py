@@ -12,6 +12,8 @@ from conftest import TINY, blobs, prepared, save_nifti
 from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 
+from align_volumes import align_all
+from data.alignment import Numbers
 from data.demo import demo_volume
 from data.frames import NAME, carry, compose, frames_by_moments, inverse, pair_views, read_frames, write_frames
 from data.manifest import FOR_RUNS, read_manifest
@@ -21,7 +23,7 @@ from data.store import PreparedVolumes
 from data.stored_volume import HeldVolume
 from data.stream import MicroBatches, SampleStream, make_loader
 from data.views import draw_turn
-from train_cva import DEMO, CVARecipe
+from train_cva import DEMO, CVARecipe, build_model
 from training import run_data
 from training.recipe import load_recipe
 
@@ -284,3 +286,18 @@ def test_level_0_is_nearer_than_the_same_voxel_is(patients):
     print(same_voxel, moments)
     assert moments.mean() < 10
     assert (moments < same_voxel).all()
+
+
+@pytest.mark.slow
+def test_level_1_is_nearer_than_level_0(patients):
+    """The encoder is not even trained: it is one image, warped. What training adds is seen on real patients alone."""
+    volumes = patients[0]
+    cells_of_12_mm = ["model.patch_size=4", "mask.block=4", "data.spacing=[3.0,3.0,3.0]", "views.cells=[5,5,5]"]
+    recipe = load_recipe(DEMO, [*TINY, *cells_of_12_mm], CVARecipe)
+    encoder = build_model(recipe).student.features.encoder.eval()
+    frames, found = align_all(volumes, encoder, 0, recipe.views.crop_size, 8, Numbers())
+    level_0, level_1 = errors(patients, frames_by_moments(volumes.manifest)[0]), errors(patients, frames[0])
+    print(level_0, level_1)
+    assert not any(one.reason for one in found)
+    assert level_1.mean() < 4
+    assert (level_1 < level_0 + 1).all()

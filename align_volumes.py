@@ -79,13 +79,13 @@ def foreground_cells(
     tile: tuple[int, ...],
     cell: int,
     batch_size: int,
-    apart: int | None = None,
+    apart: float | None = None,
 ) -> Cells:
     """The cells of which half is foreground, their features without the mean over them.
 
     Args:
         tile, cell: in voxels along the axes of crops.
-        apart: voxels between cells, if they are to overlap.
+        apart: mm between cells at most; larger ones overlap then, else none do.
     """
     order = list(axis_order(volume.spacing, (encoder.config.preprocessing or {}).get("coarsest_last", False)))
     voxels = torch.from_numpy(np.float32(volume[:, :, :])).reshape(-1, *volume.shape)
@@ -96,7 +96,8 @@ def foreground_cells(
     )
     foreground = (voxels > threshold).any(0, keepdim=True).float()
     features, places = [], []
-    for before in itertools.product(range(0, cell, apart or cell), repeat=3):  # voxels that the first cells begin early
+    steps = [min(cell, max(1, int(apart / volume.spacing[axis]))) if apart else cell for axis in order]
+    for before in itertools.product(*(range(0, cell, step) for step in steps)):  # voxels that the first cells lie early
         maps = dense_maps(voxels - padding, before, padding, encoder, tile, cell, batch_size)
         ends = [end - n - size for end, n, size in zip(np.multiply(cell, maps.shape[:3]), before, voxels.shape[1:])]
         around = [side for pair in zip(reversed(before), reversed(ends)) for side in pair]
@@ -148,8 +149,7 @@ def align_all(
 ) -> tuple[Frames, list[Alignment]]:
     """Frames of the rows of the manifest, and how each volume but the reference was aligned."""
     frames, cell = frames_by_moments(volumes.manifest), cell_size(encoder, tile)
-    apart = max(1, min(cell, int(FINE / max(volumes[reference].spacing))))
-    first, found = foreground_cells(volumes[reference], encoder, tile, cell, batch, apart), []
+    first, found = foreground_cells(volumes[reference], encoder, tile, cell, batch, FINE), []
     of_reference = _in_mm(volumes, frames, reference)
     for number in tqdm(range(len(volumes)), desc="aligning volumes", unit="volume"):
         rows = volumes.rows_of(number)

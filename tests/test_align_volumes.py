@@ -1,5 +1,6 @@
 """Level 1 of the frames: cells that find each other, the affine they give, and the script."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,8 +84,9 @@ def test_a_guess_is_kept_where_matches_say_nothing_better():
 # --------------------------------------------------------------------------- cells of a volume
 
 
+@pytest.mark.parametrize("apart", [None, 2.5], ids=["side by side", "overlapping"])
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0)], ids=["even", "coarsest first"])
-def test_cells_made_in_tiles_are_those_of_the_whole_volume(monkeypatch, spacing):
+def test_cells_made_in_tiles_are_those_of_the_whole_volume(monkeypatch, spacing, apart):
     """An encoder whose cells of 4 voxels are the mean of their voxels, and a cell beyond the border sees padding."""
     monkeypatch.setattr(align_volumes, "dense_features", lambda _, tiles: F.avg_pool3d(tiles, 4))
     config = SimpleNamespace(num_channels=2, preprocessing={"coarsest_last": True})
@@ -93,17 +95,18 @@ def test_cells_made_in_tiles_are_those_of_the_whole_volume(monkeypatch, spacing)
     volume = HeldVolume(voxels, np.array([-1.0, 2.0]), spacing, foreground_threshold=0.7)
     tile = (16, 12, 20)
     assert cell_size(encoder, tile) == 4
-    cells = foreground_cells(volume, encoder, tile, 4, 3)
+    cells = foreground_cells(volume, encoder, tile, 4, 3, apart)
 
-    padded = np.stack([np.pad(c, [(0, 1), (0, 2), (0, 2)], constant_values=p) for c, p in zip(voxels, (-1.0, 2.0))])
-    foreground = np.pad((voxels > 0.7).any(0), [(0, 1), (0, 2), (0, 2)])
+    padded = np.stack([np.pad(channel, 4, constant_values=p) for channel, p in zip(voxels, (-1.0, 2.0))])
+    foreground = np.pad((voxels > 0.7).any(0), 4)
+    steps = (4, 4, 4) if apart is None else (1, 2, 2) if spacing[0] == 3 else (2, 2, 2)
     places, features = [], []
-    for corner in np.ndindex(7, 10, 6):
-        box = tuple(slice(4 * n, 4 * n + 4) for n in corner)
+    for corner in itertools.product(*(range(4 % step, 4 + size, step) for step, size in zip(steps, volume.shape))):
+        box = tuple(slice(n, n + 4) for n in corner)
         if foreground[box].mean() >= 0.5:
-            places.append((4 * np.array(corner) + 1.5) * spacing)
+            places.append((np.array(corner) - 4 + 1.5) * spacing)
             features.append(padded[(slice(None), *box)].mean((1, 2, 3)))
-    assert 10 < len(places) < 410
+    assert len(places) > 10
     features = np.stack(features) - np.mean(features, axis=0)
     expected = {tuple(place): f / np.linalg.norm(f) for place, f in zip(places, features)}
     assert {tuple(place) for place in cells.places} == expected.keys()

@@ -5,8 +5,9 @@
 Writes PREPARED/frames.npz: for each volume an affine from its voxels to a frame that all patients share. Without it
 that frame is by the moments of the foreground alone (level 0). Cells of each volume's foreground are matched with those
 of one reference volume by the cosine of their dense features, and an affine is fitted to those that find each other;
-where that fails, level 0 is kept and the reason said. Runs that use frames know them by their fingerprint: a resumed
-one must have the same. To go back to level 0, remove the file. Killed, it has written nothing: run it again.
+where that fails, level 0 is kept and the reason said. Where the foreground is smaller than a head, all mm below shrink
+with it. Runs that use frames know them by their fingerprint: a resumed one must have the same. To go back to level 0,
+remove the file. Killed, it has written nothing: run it again.
 """
 
 import argparse
@@ -151,6 +152,7 @@ def align_all(
     frames, cell = frames_by_moments(volumes.manifest), cell_size(encoder, tile)
     first, found = foreground_cells(volumes[reference], encoder, tile, cell, batch, FINE), []
     of_reference = _in_mm(volumes, frames, reference)
+    numbers = numbers.scaled(min(1.0, np.linalg.det(of_reference[:, :3]) ** (-1 / 3)))  # what is smaller than a head
     for number in tqdm(range(len(volumes)), desc="aligning volumes", unit="volume"):
         rows = volumes.rows_of(number)
         if number != reference:

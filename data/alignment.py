@@ -18,7 +18,7 @@ class Cells(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Of the search; ours."""
+    """Of the search, for volumes of the size of a head; ours."""
 
     reach: float = 32.0  # mm from the place that level 0 expects, within which a cell is sought
     back: float = 12.0  # mm within which the way back must end
@@ -26,6 +26,10 @@ class Numbers(NamedTuple):
     rounds: int = 10  # of reweighting
     matches: int = 50  # fewest
     determinant: tuple[float, float] = (0.5, 2.0)
+
+    def scaled(self, factor: float) -> "Numbers":
+        """All lengths times a factor."""
+        return self._replace(reach=factor * self.reach, back=factor * self.back, scale=factor * self.scale)
 
 
 class Alignment(NamedTuple):

@@ -136,7 +136,8 @@ def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
         volumes: in the batch to be counted.
     """
     with FakeTensorMode() as mode, _Operations() as operations, count_traffic() as traffic:
-        weights = {name: mode.from_tensor(p) for name, p in model.named_parameters()}
+        held = (*model.named_parameters(), *model.named_buffers())
+        weights = {name: mode.from_tensor(tensor) for name, tensor in held}
         live = _LiveBytes([*weights.values()])
         for weight in weights.values():
             if weight.requires_grad:

@@ -17,7 +17,7 @@ from .intensity import change_intensity, draw_intensity
 from .resampling import cut_views, read_block
 from .store import PreparedVolumes, UnreadableVolume
 from .stored_volume import HeldVolume, Volume
-from .views import draw_turn, place_in_volume, voxel_spacing
+from .views import compose, draw_turn, place_in_volume, voxel_spacing
 from .volume import axis_order
 
 # generators of their own: chances of one do not move the rest
@@ -37,6 +37,7 @@ class Batch(TypedDict):
     crop_to_volume: torch.Tensor  # [VB, 3, 4], from voxels of a view to those of the volume that it is cut from
     spacing: torch.Tensor  # [VB, 3], mm between neighbouring voxels of a view, along its axes
     place: torch.Tensor  # [VB, 3], mm of a view's centre from the volume's, along the axes of the view
+    crop_to_frame: NotRequired[torch.Tensor]  # [VB, 3, 4], of several patients: to mm in the frame that they share
     pair: torch.Tensor  # [VB], the number of the sample, which its views share
     group: torch.Tensor  # [VB], of the subject, whose views are no negatives of each other; of one subject, as `pair`
     points: NotRequired[torch.Tensor]  # [VB, P, S, 3], where to compare two views: S places for each of P cells, in
@@ -98,9 +99,9 @@ class SampleStream(Dataset):
         Returns:
             For the views, leading `[V]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
             `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `intensity`, `padding` (which blocks are counted from) and
-            `present` `[C]`, `spacing` and `place` `[3]`, `pair` (the number of the sample), `group`, and where views
-            are compared `points` `[P, S, 3]` and `inside` `[P]`; and `unreadable`, a line for each volume that could
-            not be read.
+            `present` `[C]`, `spacing` and `place` `[3]`, `pair` (the number of the sample), `group`, with several
+            patients `crop_to_frame` `[3, 4]`, and where views are compared `points` `[P, S, 3]` and `inside` `[P]`; and
+            `unreadable`, a line for each volume that could not be read.
 
         Raises:
             OSError: if nothing can be read.
@@ -162,7 +163,11 @@ class SampleStream(Dataset):
         padding = np.atleast_1d(volume.padding)
         block, crop_to_block = read_block(volume, affine, self.crop_size, self.interpolation, padding)
         spacing = voxel_spacing(affine, volume.spacing)
+        frame = {}
+        if self.patients > 1:
+            frame["crop_to_frame"] = torch.from_numpy(compose(volume.volume_to_frame, affine)).float()
         return {
+            **frame,
             "block": block,
             "crop_to_block": crop_to_block,
             "crop_to_volume": torch.from_numpy(affine),
@@ -189,7 +194,7 @@ def stack_views(samples: list[dict]) -> dict[str, torch.Tensor | list[torch.Tens
     }
 
 
-REST = ("mask", "present", "spacing", "place", "pair", "group", "points", "inside")
+REST = ("mask", "present", "spacing", "place", "crop_to_frame", "pair", "group", "points", "inside")
 
 
 def render(

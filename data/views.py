@@ -91,9 +91,7 @@ def sample_views(
     low = np.where(free >= 0, rng.integers(0, np.maximum(np.floor(free + TOLERANCE), 0) + 1), np.ceil(free / 2))
     frame = _affine(shared, low - 0.5 + half - shared @ ((crop + shift - 1) / 2))
     centre = (crop - 1) / 2
-    return np.stack(
-        [_compose(frame, _affine(turn, start + centre - turn @ centre)) for start, turn in zip(starts, own)]
-    )
+    return np.stack([compose(frame, _affine(turn, start + centre - turn @ centre)) for start, turn in zip(starts, own)])
 
 
 def scatter_views(
@@ -223,6 +221,6 @@ def _affine(matrix: np.ndarray, origin: np.ndarray) -> np.ndarray:
     return np.concatenate((matrix, origin[:, None]), axis=1)
 
 
-def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """First `inner`, then `outer`."""
     return _affine(outer[:, :3] @ inner[:, :3], outer[:, :3] @ inner[:, 3] + outer[:, 3])

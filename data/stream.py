@@ -62,7 +62,7 @@ class SampleStream(Dataset):
         draw: where they lie, all that a method chooses itself: a generator, the sample's volumes, the turn that the
             views share `[3, 3]` and each view's own -> `crop_to_volume` `[V, 3, 4]`.
         patients: volumes that a sample is cut from, view `v` from volume `v % patients`; those after the first are
-            others than it, where there are others.
+            of other subjects than it, or just others than it where there is one subject.
         compare: `crop_to_volume` of two views -> where to compare them, `points` and `inside` (`alignment_points`).
     """
 
@@ -123,12 +123,24 @@ class SampleStream(Dataset):
         """The numbers of a sample's volumes."""
         drawn, count = isinstance(self.volumes, PreparedVolumes), len(self.volumes)
         first = self.volumes.draw(rng) if drawn else int(rng.integers(count))
-        others = [(first + 1 + int(rng.integers(max(1, count - 1)))) % count for _ in range(self.patients - 1)]
-        return [first, *others]
+        others = self._others(first) if self.patients > 1 else ()
+        return [first, *(int(others[rng.integers(len(others))]) for _ in range(self.patients - 1))]
+
+    def _others(self, first: int) -> np.ndarray:
+        """The volumes of other subjects; all others of one subject; a single volume itself."""
+        numbers = np.arange(len(self.volumes))
+        subjects = self.volumes.subjects if self._knows_subjects else numbers
+        for differs in (subjects != subjects[first], numbers != first):
+            if differs.any():
+                return np.flatnonzero(differs)
+        return numbers
+
+    @property
+    def _knows_subjects(self) -> bool:
+        return isinstance(self.volumes, PreparedVolumes) and self.volumes.several_subjects
 
     def _group(self, index: int, number: int) -> int:
-        known = isinstance(self.volumes, PreparedVolumes) and self.volumes.several_subjects
-        return int(self.volumes.subjects[number]) if known else index
+        return int(self.volumes.subjects[number]) if self._knows_subjects else index
 
     def _seed(self, index: int, purpose: str) -> tuple[int, int, int]:
         return self.seed, index, PURPOSES.index(purpose)

@@ -212,6 +212,40 @@ def test_a_pair_depends_on_its_number_alone(ready):
         assert torch.equal(parts, whole["crop_to_volume"])
 
 
+def test_the_partner_is_of_another_subject(tmp_path):
+    for name in ("sub-01/ses-1/a.nii", "sub-01/ses-2/a.nii", "sub-01/ses-3/a.nii", "sub-02/ses-1/a.nii"):
+        save_nifti(tmp_path / "raw" / name, blobs(0, (20, 20, 20)))
+    several = prepared(tmp_path / "raw", tmp_path / "ready")
+    sizes = {"crop_size": (16, 16, 16), "coarsest_last": False, "interpolation": "linear", "intensity": {}}
+    numbers = sizes | {"shared": STILL, "independent": STILL, "mask_block": 8, "mask_ratio": 0.5}
+    draw = partial(pair_views, crop_size=(16, 16, 16), overhang=0.0, jitter=4.0)
+    alone = PreparedVolumes(several.manifest, [n for n, subject in enumerate(several.subjects) if subject == 0])
+    for volumes in (several, alone, [HeldVolume(blobs(n, (20, 20, 20))) for n in range(2)]):
+        stream = SampleStream(volumes, 0, **numbers, views=2, draw=draw, patients=2)
+        pairs = [stream._choose(np.random.default_rng(seed)) for seed in range(50)]
+        assert {first for first, _ in pairs} == set(range(len(volumes)))
+        for first, second in pairs:
+            assert first != second
+            assert volumes is not several or several.subjects[first] != several.subjects[second]
+        assert stream[3]["group"].unique().numel() == (2 if volumes is several else 1)
+    itself = SampleStream([HeldVolume(blobs(0, (20, 20, 20)))], 0, **numbers, views=2, draw=draw, patients=2)
+    assert itself._choose(np.random.default_rng(0)) == [0, 0]
+
+
+def test_crops_tell_where_they_lie_in_the_frame(ready):
+    sizes = {"crop_size": (16, 16, 16), "coarsest_last": False, "interpolation": "linear", "intensity": {}}
+    numbers = sizes | {"shared": TURNED, "independent": TURNED, "mask_block": 8, "mask_ratio": 0.5}
+    draw = partial(pair_views, crop_size=(16, 16, 16), overhang=0.0, jitter=0.0)
+    stream = SampleStream(ready, 0, **numbers, views=2, draw=draw, patients=2)
+    for number in range(4):
+        sample, places = stream[number], torch.rand(20, 3, dtype=torch.float64) * 15
+        files = stream._choose(np.random.default_rng(stream._seed(number, "geometry")))
+        for view, file in enumerate(files):
+            in_volume = carry(sample["crop_to_volume"][view].numpy(), places.numpy())
+            found = carry(sample["crop_to_frame"][view].numpy(), places.numpy())
+            np.testing.assert_allclose(found, carry(ready.frames.volume_to_frame[file], in_volume), atol=1e-3)
+
+
 class WithFrames(CVARecipe):
     @property
     def uses_frames(self) -> bool:

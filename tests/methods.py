@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from conftest import TINY, blobs
+from test_alice import TINY_ALICE
 from test_sal import TINY_SAL
 from test_spatial_aware import TINY_SPATIAL_AWARE
 
@@ -31,6 +32,7 @@ METHODS = {
     "cva": Method("train_cva", TINY, ()),  # under all of them in test_strategies.py
     "spatial_aware": Method("train_spatial_aware", TINY_SPATIAL_AWARE, ("fsdp2",)),
     "sal": Method("train_sal", TINY_SAL, ("zero2",)),
+    "alice": Method("train_alice", TINY_ALICE, ("zero3", "fsdp2")),
 }
 ARCHITECTURES = ("primus", "resenc")
 

@@ -28,7 +28,7 @@ from pydantic import PositiveInt, model_validator
 from data.stored_volume import Volume
 from data.stream import Batch, SampleStream, render
 from data.views import least_shared, sample_views
-from losses.baselines import reconstruction_baselines
+from losses.baselines import reconstruction_levels
 from losses.local_alignment import NORMALISATIONS
 from losses.sal import TERMS, sal_objective
 from models.sal import SelfSupervisedAlignment
@@ -150,8 +150,8 @@ def build_model(recipe: SALRecipe) -> SelfSupervisedAlignment:
     student = build_student(recipe, reconstructs="reconstruction" in terms, dense=dense, pooled=pooled)
     numbers = {"reach": matching.reach, "sigma": position.sigma, "temperature": position.temperature}
     channels = matching.channels if dense else None, position.channels if pooled else None
-    objective = partial(sal_objective, **numbers)
-    return SelfSupervisedAlignment(student, objective, terms, matching.normalisation, *channels, recipe.train.precision)
+    objective, normalise = partial(sal_objective, **numbers), NORMALISATIONS[matching.normalisation]
+    return SelfSupervisedAlignment(student, objective, terms, normalise, *channels, recipe.train.precision)
 
 
 def draw_views(rng: np.random.Generator, volumes: Sequence[Volume], shared, own, views: Views) -> np.ndarray:
@@ -168,16 +168,7 @@ def make_batch(samples: dict, device: torch.device, recipe: SALRecipe) -> Batch:
 
 
 def write_results(run: Run, recipe: SALRecipe, step: int) -> None:
-    numbers, first = [], None
-    for samples in run.held_out():
-        batch = make_batch(samples, run.device, recipe)
-        outputs = run.look(batch)
-        numbers.append({name: value for name, value in outputs.items() if torch.is_tensor(value) and value.ndim == 0})
-        if "reconstruction" in recipe.loss.terms():
-            unlearned = reconstruction_baselines(batch["views"], batch["target"], batch["mask"], batch["present"])
-            numbers[-1] |= {f"reconstruction_by_{what}": loss for what, loss in unlearned.items()}
-        first = first or (batch, outputs)
-    run.note_held_out(step, numbers)
+    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), reconstruction_levels)
     draw = None
     if run.is_main and recipe.compares_cells:
         warn_of_trivial_matches(run, step)
@@ -190,7 +181,7 @@ def warn_of_trivial_matches(run: Run, step: int) -> None:
     if seen["match_error"] >= seen["shift"]:
         run.print(
             f"warning     step {step}: matches lie {seen['match_error']:.1f} mm from their places, cells matched to "
-            f"themselves {seen['shift']:.1f} mm: a trivial minimum, however small the loss",
+            f"themselves {seen['shift']:.1f} mm: no better than a trivial minimum, however small the loss",
             file=sys.stderr,
         )
 

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses.local_alignment import NORMALISATIONS
-
 from .distributed import gather_with_gradient
 from .pretraining import Pretraining
 
@@ -18,7 +16,7 @@ class SelfSupervisedAlignment(Pretraining):
     Args:
         student, objective, terms, precision: see `Pretraining`; the student has dense features for `cell_channels`,
             pooled ones for `crop_channels`, and reconstructs for the term "reconstruction".
-        normalisation: of the cells, a row of `NORMALISATIONS`.
+        normalise: what is done with embedded cells `[2B, x, y, z, D]`, given `gather_with_gradient`.
         cell_channels: of embedded cells; None: none are wanted.
         crop_channels: of embedded crops; None: positions are told by the cells.
     """
@@ -28,14 +26,14 @@ class SelfSupervisedAlignment(Pretraining):
         student: nn.Module,
         objective: Callable[..., dict[str, torch.Tensor]],
         terms: Mapping[str, float],
-        normalisation: str,
+        normalise: Callable[..., torch.Tensor],
         cell_channels: int | None,
         crop_channels: int | None,
         precision: str = "fp32",
     ):
         super().__init__(student, objective, terms, precision)
         size = student.features.size
-        self.normalise = NORMALISATIONS[normalisation]
+        self.normalise = normalise
         self.embed_cells = nn.Linear(size, cell_channels, bias=False) if cell_channels else None  # a bias is a constant
         self.embed_crop = None
         if crop_channels:

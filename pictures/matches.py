@@ -69,8 +69,8 @@ def draw_matches(match: Match, report: Path, planes: tuple[tuple[str, int], ...]
     for cell, view, at in zip(axes[0], match.views, depth):
         index = min(max(round(at), 0), view.shape[axis] - 1)
         _show(cell, view.numpy(), axis, index, low, high)
-    axes[0, 0].set_title(f"view 1, {name}: cells", fontsize=10)
-    axes[0, 1].set_title(f"view 2, {name}: ring = match, dot = true place, mm between", fontsize=10)
+    axes[0, 0].set_title(f"view 1, {name}: cells", fontsize=10, pad=18)
+    axes[0, 1].set_title(f"view 2, {name}: ring = match, dot = true place, mm between", fontsize=10, pad=18)
     for number, colour in zip(chosen.tolist(), colours):
         centre, true, found = (places[number, across].numpy() for places in (match.centre, match.true, match.found))
         dot = {"s": 60, "color": colour, "edgecolors": "black", "linewidths": 0.8, "zorder": 3}

@@ -324,7 +324,8 @@ class Run:
         path, saved = self.newest
         if saved["data"] != self.facts.data:
             raise ValueError(
-                f"the files of --data are not those that {path} was trained on: restore them, or start a new run"
+                f"the files of --data{' or their frames' if self.recipe.uses_frames else ''} are not those that {path} "
+                "was trained on: restore them, or start a new run"
             )
         if self.streamed:
             self.streamed.go_on_from(saved["lanes"])

@@ -68,7 +68,9 @@ def check_preparation(encoder: PreTrainedModel, volumes: PreparedVolumes) -> Non
 def cell_size(encoder: PreTrainedModel, tile: tuple[int, ...]) -> int:
     """Voxels of an axis of a cell of the dense features."""
     maps = dense_features(encoder, torch.zeros(1, encoder.config.num_channels, *tile, device=encoder.device))
-    cell = tile[0] // maps.shape[2]
+    cell = round(tile[0] / maps.shape[2])
+    if any(size != cell * cells for size, cells in zip(tile, maps.shape[2:])):
+        raise ValueError(f"--tile {' '.join(map(str, tile))}: each must be a multiple of {cell}, the voxels of a cell")
     if min(tile) <= 2 * cell:
         raise ValueError(f"tiles of {list(tile)} voxels have no inner cells of {cell}: give a larger --tile")
     return cell
@@ -163,7 +165,8 @@ def align_all(
                 continue
             spacing = np.column_stack((np.diag(volumes[number].spacing), np.zeros(3)))
             frames.volume_to_frame[rows] = compose(of_reference, compose(found[-1].affine, spacing))
-        frames.level[rows] = 1
+            frames.level[rows] = 1
+    frames.level[volumes.rows_of(reference)] = frames.level.any()
     return frames, found
 
 

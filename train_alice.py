@@ -24,10 +24,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from data.frames import pair_views
 from data.stream import Batch, SampleStream, render
@@ -76,7 +76,7 @@ class Alignment(Section):
 class Head(Section):
     hidden_size: PositiveInt
     out_size: PositiveInt
-    prototypes: PositiveInt
+    prototypes: Annotated[int, Field(ge=2)]
 
 
 class Loss(Section):
@@ -128,7 +128,7 @@ def describe(recipe: AliceRecipe) -> Method:
 
 def teacher_temperature(step: int, steps: int, first: float, last: float, warmup: float) -> float:
     """From `first` to `last`, linearly over a share `warmup` of the steps (DINO)."""
-    return first + (last - first) * min(1.0, step / max(1.0, warmup * steps))
+    return first + (last - first) * min(1.0, step / (warmup * steps)) if warmup else last
 
 
 # --------------------------------------------------------------------------- what a step is made of
@@ -159,8 +159,8 @@ def write_results(run: Run, recipe: AliceRecipe, step: int) -> None:
         unlearned = reconstruction_levels(batch, outputs) if recipe.mask.ratio else {}
         return unlearned | chance(outputs)
 
-    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), levels)
-    export_run(run, step, *first, draw=partial(draw_patients, pair=pair_of(*first)))
+    *first, _ = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), levels)
+    export_run(run, step, *first, partial(draw_patients, pair=pair_of(*first)) if run.draws else None)
 
 
 def main(arguments: argparse.Namespace, write_results: Callable = write_results) -> None:

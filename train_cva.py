@@ -171,7 +171,7 @@ def make_batch(samples: dict, device: torch.device, recipe: CVARecipe) -> Batch:
 
 def write_results(run: Run, recipe: CVARecipe, step: int) -> None:
     levels = [reconstruction_levels] if recipe.mask.ratio else []  # an autoencoder has nothing to fill in
-    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), *levels)
+    *first, _ = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), *levels)
     export_run(run, step, *first)
 
 

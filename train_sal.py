@@ -42,7 +42,6 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.metrics import read_held_out
 from training.recipe import Recipe, load_recipe
 from training.run import Run
 from training.student import build_student
@@ -111,7 +110,7 @@ class SALRecipe(Recipe):
         if not 0.4 <= low <= high:
             raise ValueError(f"views.overlap={[low, high]} must be [low, high] with 0.4 <= low <= high")
         shift = max(size - max(least_shared(size), 2 * round(low * size / 2)) for size in self.views.crop_size)
-        if reach * stride < shift:
+        if self.compares_cells and reach * stride < shift:
             raise ValueError(
                 f"matching.reach={reach} cells of {stride} voxels do not reach the place that matches, up to {shift} "
                 f"voxels away: set matching.reach={math.ceil(shift / stride)}, or raise views.overlap[0]"
@@ -168,16 +167,17 @@ def make_batch(samples: dict, device: torch.device, recipe: SALRecipe) -> Batch:
 
 
 def write_results(run: Run, recipe: SALRecipe, step: int) -> None:
-    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), reconstruction_levels)
+    batch_of = partial(make_batch, device=run.device, recipe=recipe)
+    *first, scores = run.score_held_out(step, batch_of, reconstruction_levels)
     draw = None
-    if run.is_main and recipe.compares_cells:
-        warn_of_trivial_matches(run, step)
-        draw = partial(draw_matches, match_of(*first, recipe.matching.reach))
+    if recipe.compares_cells:
+        warn_of_trivial_matches(run, step, scores)
+        if run.draws:
+            draw = partial(draw_matches, match_of(*first, recipe.matching.reach))
     export_run(run, step, *first, draw)
 
 
-def warn_of_trivial_matches(run: Run, step: int) -> None:
-    seen = read_held_out(run.folder.held_out)[-1]
+def warn_of_trivial_matches(run: Run, step: int, seen: dict[str, float]) -> None:
     if seen["match_error"] >= seen["shift"]:
         run.print(
             f"warning     step {step}: matches lie {seen['match_error']:.1f} mm from their places, cells matched to "

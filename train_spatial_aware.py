@@ -141,8 +141,8 @@ def describe(recipe: SpatialAwareRecipe) -> Method:
     return Method(name if terms.keys() != {"reconstruction"} else "", f"{name}, arXiv:2509.05967", terms)
 
 
-def check_room(volumes: PreparedVolumes, recipe: SpatialAwareRecipe) -> None:
-    """Warn where crops cannot be moved far in the volumes.
+def check_room(volumes: PreparedVolumes, recipe: SpatialAwareRecipe, is_main: bool) -> None:
+    """Warn, on one rank, where crops cannot be moved far in the volumes.
 
     Raises:
         ValueError: if they cannot be moved in any.
@@ -154,7 +154,7 @@ def check_room(volumes: PreparedVolumes, recipe: SpatialAwareRecipe) -> None:
     too_large = f"views.crop_size={list(crop)}: crops as large as the volumes (no gaps to learn)"
     if not room.any():
         raise ValueError(f"{too_large}: choose smaller ones")
-    if room.mean() < 0.5:
+    if room.mean() < 0.5 and is_main:
         free = f"they can be moved by {room.mean():.0%} of their size on average"
         warnings.warn(f"{too_large}; {free}: choose smaller ones", stacklevel=2)
 
@@ -190,8 +190,9 @@ def write_results(run: Run, recipe: SpatialAwareRecipe, step: int) -> None:
     def levels(batch: Batch, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return place_baselines(outputs, **lengths) | reconstruction_levels(batch, outputs)
 
-    first = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), levels)
-    export_run(run, step, *first, partial(draw_places, first_volume(*first, recipe.views.crops), **lengths))
+    *first, _ = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe), levels)
+    draw = partial(draw_places, first_volume(*first, recipe.views.crops), **lengths) if run.draws else None
+    export_run(run, step, *first, draw)
 
 
 def main(arguments: argparse.Namespace, write_results: Callable = write_results) -> None:
@@ -205,7 +206,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
 
     run = Run(launch, recipe, model, cost, describe(recipe))
     if not launch.streams:
-        check_room(run.volumes, recipe)
+        check_room(run.volumes, recipe, run.is_main)
     print_banner(run)
     results = partial(write_results, run, recipe)
     run.start(build_stream(run.volumes, recipe))

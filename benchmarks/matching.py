@@ -44,16 +44,16 @@ VARIANTS = {
     "local, L2 (the source's form)": [BY_LENGTH, "loss.position_weight=0"],
     "local, N": [BY_CROP, "loss.position_weight=0"],
     "local, N over the batch": [BY_BATCH, "loss.position_weight=0"],
-    "local + position": [BY_CROP],
-    "local + position, N over the batch": [BY_BATCH],
+    "local + position": [BY_CROP, "loss.position_weight=1"],
+    "local + position, N over the batch": [BY_BATCH, "loss.position_weight=1"],
     "local + 5 position": [BY_CROP, "loss.position_weight=5"],
     "local + 5 position, N over the batch": [BY_BATCH, "loss.position_weight=5"],
-    "local + pooled position": [BY_CROP, "position.score=pooled"],
+    "local + pooled position": [BY_CROP, "loss.position_weight=1", "position.score=pooled"],
     "position": [BY_CROP, "loss.local_weight=0"],
     "position, N over the batch": [BY_BATCH, "loss.local_weight=0"],
     "reconstruction": [*MASKED, "loss.local_weight=0", "loss.position_weight=0"],
-    "local + position + 5 reconstruction": [BY_CROP, *MASKED],
-    "local + position + 5 reconstruction, N over the batch": [BY_BATCH, *MASKED],
+    "local + position + 5 reconstruction": [BY_CROP, "loss.position_weight=1", *MASKED],
+    "local + position + 5 reconstruction, N over the batch": [BY_BATCH, "loss.position_weight=1", *MASKED],
 }
 LARGER = 4  # times as many volumes a step, in as many fewer steps
 AGAIN = ("position, N over the batch", "local + 5 position, N over the batch")  # in larger batches, and after an MAE

@@ -17,7 +17,7 @@ from .columns import matrix
 from .files import write_whole
 from .manifest import Manifest
 from .moments import frames_of_moments
-from .views import TOLERANCE, scatter_views
+from .views import TOLERANCE, compose, scatter_views
 
 if TYPE_CHECKING:
     from .stored_volume import Volume
@@ -83,11 +83,6 @@ def write_frames(manifest: Manifest, frames: Frames, **facts: np.ndarray | str) 
 def carry(affine: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Places `[..., 3]` by an affine `[3, 4]`."""
     return places @ affine[:, :3].T + affine[:, 3]
-
-
-def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """The affine `[3, 4]` of first `inner`, then `outer`."""
-    return np.column_stack((outer[:, :3] @ inner[:, :3], carry(outer, inner[:, 3])))
 
 
 def inverse(affine: np.ndarray) -> np.ndarray:

@@ -123,8 +123,14 @@ class SampleStream(Dataset):
         """The numbers of a sample's volumes."""
         drawn, count = isinstance(self.volumes, PreparedVolumes), len(self.volumes)
         first = self.volumes.draw(rng) if drawn else int(rng.integers(count))
-        others = self._others(first) if self.patients > 1 else ()
-        return [first, *(int(others[rng.integers(len(others))]) for _ in range(self.patients - 1))]
+        return [first, *(self._draw_other(rng, first) for _ in range(self.patients - 1))]
+
+    def _draw_other(self, rng: np.random.Generator, first: int) -> int:
+        others, chances = self._others(first), getattr(self.volumes, "chances", None)
+        if chances is None:
+            return int(others[rng.integers(len(others))])
+        sums = np.cumsum(np.diff(chances, prepend=0.0)[others])
+        return int(others[min(np.searchsorted(sums, rng.random() * sums[-1], side="right"), len(others) - 1)])
 
     def _others(self, first: int) -> np.ndarray:
         """The volumes of other subjects; all others of one subject; a single volume itself."""

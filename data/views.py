@@ -222,5 +222,5 @@ def _affine(matrix: np.ndarray, origin: np.ndarray) -> np.ndarray:
 
 
 def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """First `inner`, then `outer`."""
+    """The affine `[3, 4]` of first `inner`, then `outer`."""
     return _affine(outer[:, :3] @ inner[:, :3], outer[:, :3] @ inner[:, 3] + outer[:, 3])

@@ -68,7 +68,7 @@ class Alice(Pretraining):
         if "volume" in terms:
             learned["volume"] = PrototypeHead(size, **head)
         if "patch" in terms:
-            self.query = nn.Linear(_token_size(student.features.encoder.config), width)
+            self.query = nn.Linear(student.features.token_size, width)
             learned["alignment"] = ConditionalAlignment(size, width, alignment["heads"])
             learned["patch"] = PrototypeHead(width, **head)
         self.learned = nn.ModuleDict(learned)
@@ -154,16 +154,19 @@ def query_tokens(encoded: torch.Tensor, mask: torch.Tensor, most: int) -> tuple[
     """At most so many, evenly spaced, of what an encoder returns last, and where in the crop they lie.
 
     Args:
-        encoded: visible tokens `[N, T, C]` in raster order, or a map `[N, C, x, y, z]`.
+        encoded: all or the visible tokens `[N, T, C]`, in raster order, or a map `[N, C, x, y, z]`.
         mask: `[N, x, y, z]`, True = hidden.
 
     Returns:
         Tokens `[N, Q, C]` and places `[N, Q, 3]`, 0 to 1 along each axis of the crop.
     """
     if encoded.ndim == 3:
-        grid, where = mask.shape[1:], mask.flatten(1).int().argsort(dim=1, stable=True)
+        grid = mask.shape[1:]
     else:
         grid, encoded = encoded.shape[2:], encoded.flatten(2).mT
+    if encoded.shape[1] < grid.numel():  # visible ones
+        where = mask.flatten(1).int().argsort(dim=1, stable=True)
+    else:
         where = torch.arange(encoded.shape[1], device=mask.device).expand(len(mask), -1)
     count = encoded.shape[1]
     chosen = torch.linspace(0, count - 1, min(most, count), device=mask.device).round().long()
@@ -174,8 +177,3 @@ def _places(grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The centres of a crop's cells, 0 to 1 along each axis: `[3, x, y, z]`."""
     axes = [(torch.arange(cells, device=device) + 0.5) / cells for cells in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
-
-
-def _token_size(config) -> int:
-    """Channels of what an encoder returns last."""
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size

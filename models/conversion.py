@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from .architectures import ARCHITECTURES, architecture, names_in_nnunet
 
-DECODERS = ("decoder.", "patch_decoder.", "mask_token")  # of the student: wanted, but not required
+DECODERS = ("decoder.", "patch_decoder.", "mask_token", "mask_embedding")  # of the student: wanted, but not required
 
 
 def reference_names(name: str, config: PretrainedConfig) -> list[str]:

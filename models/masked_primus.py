@@ -34,6 +34,11 @@ class PrimusFeatures(nn.Module):
     def size(self) -> int:
         return self.encoder.config.hidden_size
 
+    @property
+    def token_size(self) -> int:
+        """Channels of what the encoder returns last."""
+        return self.encoder.config.hidden_size
+
     def describe(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens `[B, N, C]` of a pretraining crop -> dense features `[B, C, x, y, z]`, pooled features `[B, C]`."""
         if self.feature_decoder is not None:

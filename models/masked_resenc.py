@@ -27,6 +27,11 @@ class ResEncFeatures(nn.Module):
     def size(self) -> int:
         return sum(self.encoder.config.hidden_sizes)
 
+    @property
+    def token_size(self) -> int:
+        """Channels of what the encoder returns last."""
+        return self.encoder.config.hidden_sizes[-1]
+
     def describe(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Feature maps of all stages -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""
         dense = join_stages(stages) if self.dense else None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from losses.local_alignment import best_in_window, match_errors, places_of
-from training.pictures import _save, _show
+from training.pictures import save, show
 
 ANCHORS = 12
 
@@ -26,7 +26,6 @@ class Match(NamedTuple):
     shown: torch.Tensor  # [P], whether the other crop shows it
     error: torch.Tensor  # [P], mm from the match to the place
     shift: torch.Tensor  # [P], mm from the place to the cell itself
-    grid: tuple[int, ...]
 
 
 def match_of(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], reach: int) -> Match:
@@ -45,7 +44,7 @@ def match_of(batch: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], r
     true = found - error / spacing
     shift = ((centre - true) * spacing).norm(dim=-1)
     views = views.float().to("cpu", copy=True)
-    return Match(views, centre, found, true, shown[0].cpu(), error.norm(dim=-1), shift, tuple(grid))
+    return Match(views, centre, found, true, shown[0].cpu(), error.norm(dim=-1), shift)
 
 
 def draw_matches(match: Match, report: Path, planes: tuple[tuple[str, int], ...]) -> None:
@@ -68,7 +67,7 @@ def draw_matches(match: Match, report: Path, planes: tuple[tuple[str, int], ...]
     depth = float(layer), float(match.true[chosen, axis].mean()) if len(chosen) else float(layer)
     for cell, view, at in zip(axes[0], match.views, depth):
         index = min(max(round(at), 0), view.shape[axis] - 1)
-        _show(cell, view.numpy(), axis, index, low, high)
+        show(cell, view.numpy(), axis, index, low, high)
     axes[0, 0].set_title(f"view 1, {name}: cells", fontsize=10, pad=18)
     axes[0, 1].set_title(f"view 2, {name}: ring = match, dot = true place, mm between", fontsize=10, pad=18)
     for number, colour in zip(chosen.tolist(), colours):
@@ -91,4 +90,4 @@ def draw_matches(match: Match, report: Path, planes: tuple[tuple[str, int], ...]
             cell.legend(fontsize=9)
         cell.set_title(f"{title}, all cells that view 2 shows", fontsize=10)
         cell.set_xlabel("mm", fontsize=9)
-    _save(figure, report / "matches.png")
+    save(figure, report / "matches.png")

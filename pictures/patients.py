@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data.views import to_crop, to_volume
-from training.pictures import _save, _show
+from training.pictures import save, show
 
 DOTS = (0.3, 0.7)  # where in a crop they lie, along each axis of a plane
 QUERIES = 4
@@ -42,7 +42,7 @@ def draw_patients(report: Path, planes: tuple[tuple[str, int], ...], pair: dict[
             fontsize=10,
         )
         _draw_attention(below[0].subplots(2, QUERIES), views[0], pair, planes[-1])
-    _save(figure, report / "patients.png")
+    save(figure, report / "patients.png")
 
 
 def _draw_places(cells, views, crop_to_frame, planes):
@@ -60,8 +60,8 @@ def _draw_places(cells, views, crop_to_frame, planes):
             ("second", pictures[1], views[1], there),
         ):
             depth = dots[seen, axis].mean() if seen.any() else size[axis] / 2
-            _show(cell, view.numpy(), axis, int(depth.round().clamp(0, size[axis] - 1)), low, high)
-            kept = seen if view is views[1] else torch.ones_like(seen)
+            show(cell, view.numpy(), axis, int(depth.round().clamp(0, size[axis] - 1)), low, high)
+            kept = seen if dots is there else torch.ones_like(seen)
             numbers = np.arange(len(dots))
             for number in numbers[kept.numpy()]:
                 x, y = dots[number, [u, v]].tolist()
@@ -78,7 +78,7 @@ def _draw_attention(cells, view, pair, plane):
         place = places[query]
         for cell, who in zip(cells[:, column], ("student", "teacher")):
             attention = pair[f"{who}_attention"][0, query].numpy()
-            _show(cell, view.numpy(), axis, int(place[axis] * size[axis]), low, high)
+            show(cell, view.numpy(), axis, int(place[axis] * size[axis]), low, high)
             along = attention.sum(axis).T
             red = np.zeros((*along.shape, 4))
             red[..., 0], red[..., 3] = 1.0, 0.7 * along / along.max()

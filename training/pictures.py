@@ -58,7 +58,7 @@ def draw_losses(
     figure.supxlabel("step", fontsize=9)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_reconstruction(
@@ -77,9 +77,9 @@ def draw_reconstruction(
     figure, axes = plt.subplots(3, 3, figsize=(9, 9), constrained_layout=True)
     for row, (plane, axis) in zip(axes, planes):
         for cell, (title, volume) in zip(row, columns):
-            _show(cell, volume.numpy(), axis, volume.shape[axis] // 2, low, high)
+            show(cell, volume.numpy(), axis, volume.shape[axis] // 2, low, high)
             cell.set_title(f"{title}, {plane}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_alignment(
@@ -114,13 +114,13 @@ def draw_alignment(
         for cell, ((plane, axis), number) in zip(row, pictures):
             depth = centres[number][:, axis]
             middle = depth[np.abs(depth - np.median(depth)).argmin()] if len(depth) else pair.shape[1 + axis] / 2
-            _show(cell, pair[number].numpy(), axis, round(float(middle)), low, high)
+            show(cell, pair[number].numpy(), axis, round(float(middle)), low, high)
             near = np.abs(depth - middle) < CELL_DEPTH
             u, v = (a for a in range(3) if a != axis)
             flat = centres[number][near]
             cell.scatter(flat[:, u], flat[:, v], c=colours[near], s=34, edgecolors="black", linewidths=0.7)
             cell.set_title(f"{title}view {number + 1}, {plane}", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor, path: Path, planes: tuple) -> None:
@@ -144,7 +144,7 @@ def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor,
     for number, (row, view, colour) in enumerate(zip(axes, views, colours), start=1):
         for (plane, axis), left, right in zip(planes, row[::2], row[1::2]):
             index = min(max(round(float(place[number - 1, axis])), 0), view.shape[axis] - 1)
-            _show(left, view.numpy(), axis, index, float(views.min()), float(views.max()))
+            show(left, view.numpy(), axis, index, float(views.min()), float(views.max()))
             left.set_title(f"view {number}, {plane}", fontsize=9)
             cells = np.take(colour, index * colour.shape[axis] // view.shape[axis], axis=axis)
             right_end, upper_end = (n for a, n in enumerate(view.shape) if a != axis)
@@ -152,16 +152,16 @@ def draw_features(views: torch.Tensor, dense: torch.Tensor, place: torch.Tensor,
                 cells.swapaxes(0, 1), origin="lower", interpolation="nearest", extent=(0, right_end, 0, upper_end)
             )
             right.set_axis_off()
-    _save(figure, path)
+    save(figure, path)
 
 
-def _show(cell: plt.Axes, volume: np.ndarray, axis: int, index: int, low: float, high: float) -> None:
+def show(cell: plt.Axes, volume: np.ndarray, axis: int, index: int, low: float, high: float) -> None:
     plane = np.take(volume, index, axis=axis)
     cell.imshow(np.ma.masked_invalid(plane.T), cmap=GREY, origin="lower", vmin=low, vmax=high, interpolation="nearest")
     cell.set_axis_off()
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -67,8 +67,8 @@ class Recipe(Section):
         if self.train.accumulate > 1 and self.couples_volumes:
             warnings.warn(
                 f"train.accumulate={self.train.accumulate} is not the loss of {self.train.batch_size} volumes at once: "
-                f"batch norm and negatives of the heads see {self.train.batch_size // self.train.accumulate} at a time "
-                "(only reconstruction is a plain mean over volumes)",
+                f"what couples volumes, as batch norm and negatives of heads do, sees "
+                f"{self.train.batch_size // self.train.accumulate} of them at a time",
                 stacklevel=2,
             )
         return self

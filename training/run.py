@@ -278,7 +278,7 @@ class Run:
         step: int,
         make_batch: Callable[[dict], dict[str, torch.Tensor]],
         levels: Callable[[dict, dict], dict[str, torch.Tensor]] = lambda batch, outputs: {},
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
         """Look at samples that are not trained on, and keep what they score in `held_out.jsonl`: all losses and what is
         watched of them, means over micro-batches and ranks.
 
@@ -287,7 +287,7 @@ class Run:
             levels: batch and outputs -> `TERM_by_WHAT`, what WHAT scores that has learned nothing.
 
         Returns:
-            The first batch, and what the model made of it.
+            The first batch, what the model made of it, and what was kept.
         """
         scores, first = [], None
         for samples in self.held_out():
@@ -297,11 +297,16 @@ class Run:
             scores.append(scalars | levels(batch, outputs))
             first = first or (batch, outputs)
         table = torch.stack([torch.stack([value.float().to(self.device) for value in row.values()]) for row in scores])
-        mean = self.accelerator.reduce(table.mean(dim=0), "mean").tolist()
+        means = dict(zip(scores[0], self.accelerator.reduce(table.mean(dim=0), "mean").tolist()))
         if self.is_main:
             with open(self.folder.held_out, "a") as file:
-                file.write(json.dumps({"step": step, **dict(zip(scores[0], mean))}) + "\n")
-        return first
+                file.write(json.dumps({"step": step, **means}) + "\n")
+        return *first, means
+
+    @property
+    def draws(self) -> bool:
+        """Whether this rank draws pictures now."""
+        return self.is_main and self.export_is_due
 
     # ----------------------------------------------------------------------- stopping and going on
 

@@ -20,7 +20,7 @@ def say_what_is_trained_on(split: Split, volumes: PreparedVolumes, say: Callable
     out = f", {left_out} left out by data.leave_out" if left_out else ""
     say(f"subjects    {training} trained on{out}, {kept}{why}")
     if volumes.several_subjects:
-        say("            volumes of one subject are no negatives of each other")
+        say("            volumes of one subject are no negatives of each other, where a loss has negatives")
 
 
 def say_what_came_of_it(run: "Run") -> None:

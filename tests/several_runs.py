@@ -51,8 +51,8 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(step, *numbers)
 
-    def poisoned_batch(samples, *rest):
-        batch = make_batch(samples, *rest)
+    def poisoned_batch(samples, *rest, **named):
+        batch = make_batch(samples, *rest, **named)
         bad = torch.isin(samples["pair"], torch.tensor(poison, dtype=torch.long))
         return batch | {"views": torch.where(bad[:, None, None, None, None], torch.nan, batch["views"])}
 

@@ -393,7 +393,7 @@ def test_ranks_have_the_centre_of_one(ranks, tmp_path):
 def test_the_teacher_is_sharp_at_first():
     found = [train_alice.teacher_temperature(step, 1000, 0.04, 0.07, 0.03) for step in (0, 15, 30, 1000)]
     assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    assert train_alice.teacher_temperature(0, 10, 0.04, 0.07, 0.0) == 0.04
+    assert train_alice.teacher_temperature(0, 10, 0.04, 0.07, 0.0) == 0.07
 
 
 SHIPPED = sorted((ROOT / "recipes").glob("*_alice.yaml"))

@@ -332,11 +332,11 @@ def test_crops_must_have_room_in_the_volumes(tmp_path):
     for name, shape in (("a", (40, 44, 36)), ("b", (40, 40, 40))):
         save_nifti(tmp_path / "raw" / f"{name}.nii", np.random.default_rng(0).integers(1, 9, shape).astype(np.int16))
     volumes = prepared(tmp_path / "raw", tmp_path / "prepared")
-    check_room(volumes, recipe_of("views.crop_size=[16,16,16]"))
+    check_room(volumes, recipe_of("views.crop_size=[16,16,16]"), True)
     with pytest.warns(UserWarning, match=r"no gaps to learn\); they can be moved by 25% of .* choose smaller ones"):
-        check_room(volumes, recipe_of("views.crop_size=[32,32,32]"))
+        check_room(volumes, recipe_of("views.crop_size=[32,32,32]"), True)
     with pytest.raises(ValueError, match=r"crop_size=\[48, 48, 48\]: crops as large as the volumes \(no gaps to learn"):
-        check_room(volumes, recipe_of("views.crop_size=[48,48,48]"))
+        check_room(volumes, recipe_of("views.crop_size=[48,48,48]"), False)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

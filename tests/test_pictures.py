@@ -28,7 +28,7 @@ def titles(monkeypatch, tmp_path):
         drawn.update({axis.get_title(): axis.lines for axis in figure.axes if axis.get_visible()})
         plt.close(figure)
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(pictures, "save", keep)
 
     def draw(records, terms, held_out=()):
         drawn.clear()

@@ -159,7 +159,7 @@ def test_differences_leave_out_what_does_not_change_results(tmp_path):
 
 
 def test_accumulation_warns_where_it_is_not_the_batch_at_once():
-    with pytest.warns(UserWarning, match=r"train\.accumulate=2 is not the loss of 4 volumes .* see 2 at a time"):
+    with pytest.warns(UserWarning, match=r"train\.accumulate=2 is not the loss of 4 .* sees 2 of them at a time"):
         load_recipe(DEMO, ["train.accumulate=2"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -84,14 +84,14 @@ def test_it_learns_to_fill_in():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     data = batch(4, CROP)
     voxel_mask, losses = masked(data), []
-    for _ in range(60):
+    for _ in range(150):
         rebuilt = model(data["views"], data["mask"], voxel_mask).reconstruction
         loss = (rebuilt - data["views"])[voxel_mask].square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_the_recipe():

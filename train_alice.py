@@ -44,7 +44,7 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.recipe import Recipe, load_recipe
+from training.recipe import PretrainingRecipe, load_recipe
 from training.run import Run
 from training.schedules import teacher_momentum
 from training.student import build_student
@@ -103,7 +103,7 @@ class Teacher(recipe_sections.Teacher):
     centre_momentum: Share
 
 
-class AliceRecipe(Recipe):
+class AliceRecipe(PretrainingRecipe):
     method: Literal["alice"]
     views: Views
     alignment: Alignment

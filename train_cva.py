@@ -52,7 +52,7 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.recipe import Recipe, load_recipe
+from training.recipe import PretrainingRecipe, load_recipe
 from training.run import Run
 from training.schedules import teacher_momentum
 from training.student import build_student
@@ -102,7 +102,7 @@ class Teacher(recipe_sections.Teacher):
     path: Literal["published", "same"]  # a Primus teacher without the student's feature decoder, or with it
 
 
-class CVARecipe(Recipe):
+class CVARecipe(PretrainingRecipe):
     method: Literal["cva"]
     views: Views
     heads: Heads

@@ -42,7 +42,7 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.recipe import Recipe, load_recipe
+from training.recipe import PretrainingRecipe, load_recipe
 from training.run import Run
 from training.student import build_student
 
@@ -86,7 +86,7 @@ class Loss(Section):
         return self
 
 
-class SALRecipe(Recipe):
+class SALRecipe(PretrainingRecipe):
     method: Literal["sal"]
     views: Views
     matching: Matching

@@ -47,7 +47,7 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.recipe import Recipe, load_recipe
+from training.recipe import PretrainingRecipe, load_recipe
 from training.run import Run
 from training.student import build_student
 
@@ -94,7 +94,7 @@ class Loss(Section):
         return self
 
 
-class SpatialAwareRecipe(Recipe):
+class SpatialAwareRecipe(PretrainingRecipe):
     method: Literal["spatial_aware"]
     views: Views
     heads: Heads

@@ -28,8 +28,12 @@ class ModelSection(Section):
         """Of the configuration, but for crop and preprocessing."""
 
     @abstractmethod
-    def check_crop(self, crop_size: tuple[int, ...], mask_block: int) -> None:
-        """Raise ValueError, with the remedy, unless the network can read such crops, masked in such blocks."""
+    def check_crop(self, crop_size: tuple[int, ...]) -> None:
+        """Raise ValueError, with the remedy, unless the network can read such crops."""
+
+    @abstractmethod
+    def check_mask(self, crop_size: tuple[int, ...], mask_block: int) -> None:
+        """Raise ValueError, with the remedy, unless crops can be masked in such blocks."""
 
 
 class Primus(ModelSection):
@@ -74,9 +78,11 @@ class Primus(ModelSection):
     def encoder_arguments(self) -> dict[str, Any]:
         return {**self.numbers(), "patch_size": (self.patch_size,) * 3, "drop_path_rate": self.drop_path_rate}
 
-    def check_crop(self, crop_size: tuple[int, ...], mask_block: int) -> None:
+    def check_crop(self, crop_size: tuple[int, ...]) -> None:
+        check_divides("views.crop_size", crop_size, self.patch_size, "the token size model.patch_size")
+
+    def check_mask(self, crop_size: tuple[int, ...], mask_block: int) -> None:
         token = self.patch_size
-        check_divides("views.crop_size", crop_size, token, "the token size model.patch_size")
         if mask_block != token:
             raise ValueError(f"mask.block={mask_block} must equal model.patch_size={token}: Primus hides whole tokens")
 
@@ -107,13 +113,15 @@ class ResEnc(ModelSection):
     def encoder_arguments(self) -> dict[str, Any]:
         return self.model_dump(exclude={"architecture"})
 
-    def check_crop(self, crop_size: tuple[int, ...], mask_block: int) -> None:
+    def check_crop(self, crop_size: tuple[int, ...]) -> None:
         total = math.prod(self.strides)
         check_divides("views.crop_size", crop_size, total, "the encoder's total stride")
         check_divides("views.crop_size", crop_size, DENSE_STRIDE, "the stride of the dense features")
-        check_divides("views.crop_size", crop_size, mask_block, "mask.block")
         if math.prod(crop_size) <= total**3:
             raise ValueError(
                 f"views.crop_size={list(crop_size)} must exceed the encoder's total stride {total}: its deepest stage "
                 "would have a single cell, which instance norm sets to 0"
             )
+
+    def check_mask(self, crop_size: tuple[int, ...], mask_block: int) -> None:
+        check_divides("views.crop_size", crop_size, mask_block, "mask.block")

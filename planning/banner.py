@@ -1,9 +1,7 @@
 """What a run says before it starts: what a step is, what it costs, and whether the disk can hold the result."""
 
-import math
 import os
 
-from models import architecture
 from training.run import Run
 
 from .late_checks import check_room, check_shared_memory
@@ -23,16 +21,13 @@ def print_banner(run: Run) -> None:
     encoder = sum(p.numel() for p in model.student.features.encoder.parameters())
     parts = memory(weights, recipe, run.strategy, run.ranks, cost.timeline)
     activations = parts["activations"]
-    blocks = math.prod(crop) // recipe.mask.block**3
-    hides = architecture(recipe.model.architecture).hides
     lines = {
         "engine": f"{run.facts.engine}, {recipe.train.precision}",
         "output": run.folder.path,
         "encoder": f"{recipe.model.architecture}, {encoder / 1e6:.1f} M parameters; with heads {trained / 1e6:.1f} M "
         f"trained, teacher {teacher / 1e6:.1f} M",
         "step": f"{batch} volumes = {batch * cost.views // cost.volumes} views of {crop[0]} x {crop[1]} x {crop[2]}, "
-        f"{cost.views} a rank{f' in each of {accumulate} micro-batches' if accumulate > 1 else ''}; "
-        f"{blocks} {hides} a view, {int(recipe.mask.ratio * blocks)} of them masked",
+        f"{cost.views} a rank{f' in each of {accumulate} micro-batches' if accumulate > 1 else ''}{recipe.hidden}",
         "cost": f"{cost.flops * run.ranks * accumulate / 1e12:.2f} TFLOPs a step, {recipe.train.steps} steps",
         "memory": f"about {parts['total'] / 1e9:.2f} GB a rank: weights, gradients and optimiser "
         f"{(parts['total'] - activations) / 1e9:.2f}, activations {activations / 1e9:.2f}; --dry-run shows more",

@@ -10,11 +10,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.files import write_whole
-from models import ARCHITECTURES
+from models import ARCHITECTURES, architecture
 from models.section import Section
 
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
+DOWNSTREAM = ("segmentation",)  # methods that have labels
 OF_STREAM = ("crop_size", "coarsest_last", "interpolation", "shared", "independent")
 KINDS = ("architecture", "name", "rule")  # keys that say which kind of a section it is
 TAGS = {  # what they may say, and which form a value has
@@ -26,15 +27,14 @@ Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP0
 
 
 class Recipe(Section):
-    """What the recipes of all methods have, a field a section of the YAML; a method's own recipe inherits it."""
+    """What all recipes have, a field a section of the YAML; a method's own recipe inherits it."""
 
-    method: str  # whose script reads it: train_METHOD.py
+    method: str  # whose script reads it (`script_of`)
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # of folders too
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     data: Data
     views: Views
     intensity: Intensity
-    mask: Mask
     model: Annotated[Model, Field(discriminator="architecture")]
     optimizer: Annotated[AdamW | SGD, Field(discriminator="name")]
     train: Train
@@ -50,20 +50,18 @@ class Recipe(Section):
         """Whether samples depend on the frames that patients share (`data/frames.py`)."""
         return False
 
+    @property
+    def hidden(self) -> str:
+        """How much of a view is hidden, in words."""
+        return ""
+
     def of_stream(self) -> dict[str, Any]:
         """What a `SampleStream` takes of the sections that all methods have."""
-        views, mask = self.views.model_dump(include={*OF_STREAM}), self.mask
-        return views | {"intensity": self.intensity.chances(), "mask_block": mask.block, "mask_ratio": mask.ratio}
+        return self.views.model_dump(include={*OF_STREAM}) | {"intensity": self.intensity.chances()}
 
     @model_validator(mode="after")
     def _combinations(self):
-        crop, block = self.views.crop_size, self.mask.block
-        self.model.check_crop(crop, block)
-        blocks = math.prod(crop) // block**3
-        if self.mask.ratio and not int(self.mask.ratio * blocks):
-            raise ValueError(
-                f"mask.ratio={self.mask.ratio} of {blocks} blocks hides none: raise it, lower mask.block, or set 0"
-            )
+        self.model.check_crop(self.views.crop_size)
         if self.train.accumulate > 1 and self.couples_volumes:
             warnings.warn(
                 f"train.accumulate={self.train.accumulate} is not the loss of {self.train.batch_size} volumes at once: "
@@ -87,6 +85,34 @@ class Recipe(Section):
         """Write all keys, at once or not at all."""
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         write_whole(path, lambda file: file.write_text(text))
+
+
+class PretrainingRecipe(Recipe):
+    """Of a method that may hide parts of its views."""
+
+    mask: Mask
+
+    @property
+    def _blocks(self) -> int:
+        return math.prod(self.views.crop_size) // self.mask.block**3
+
+    @property
+    def hidden(self) -> str:
+        hides = architecture(self.model.architecture).hides
+        return f"; {self._blocks} {hides} a view, {int(self.mask.ratio * self._blocks)} of them masked"
+
+    def of_stream(self) -> dict[str, Any]:
+        return super().of_stream() | {"mask_block": self.mask.block, "mask_ratio": self.mask.ratio}
+
+    @model_validator(mode="after")
+    def _hides(self):
+        self.model.check_mask(self.views.crop_size, self.mask.block)
+        if self.mask.ratio and not int(self.mask.ratio * self._blocks):
+            raise ValueError(
+                f"mask.ratio={self.mask.ratio} of {self._blocks} blocks hides none: raise it, lower mask.block, "
+                "or set 0"
+            )
+        return self
 
 
 Kind = TypeVar("Kind", bound=Recipe)
@@ -114,13 +140,17 @@ def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
     (wanted,) = kind.model_fields["method"].annotation.__args__
     if (method := numbers.get("method", wanted)) != wanted:
         raise ValueError(
-            f"--recipe {path} is of the method {method}, for train_{method}.py: run that script, or choose a recipe "
+            f"--recipe {path} is of the method {method}, for {script_of(method)}: run that script, or choose a recipe "
             f"of the method {wanted}"
         )
     try:
         return kind.model_validate(numbers)
     except ValidationError as error:
         raise ValueError("; ".join(dict.fromkeys(_readable(e, kind) for e in error.errors()))) from None
+
+
+def script_of(method: str) -> str:
+    return "finetune.py" if method in DOWNSTREAM else f"train_{method}.py"
 
 
 def load_data_section(path: Path, overrides: list[str]) -> Data:

@@ -6,13 +6,14 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.normalisation import BOX
 from models import architecture, build_encoder
 
 from .intensity_in_words import normalisation, padding_value
-from .recipe import Recipe
+from .recipe import PretrainingRecipe, Recipe
 
 
 def preprocessing(
@@ -40,12 +41,8 @@ def preprocessing(
     }
 
 
-def build_student(recipe: Recipe, *, reconstructs: bool, dense: bool, pooled: bool) -> nn.Module:
-    """A fresh student, the same on every rank; heads that are built next are too.
-
-    Args:
-        reconstructs, dense, pooled: whether voxels, dense and pooled features are wanted of it.
-    """
+def build_fresh_encoder(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's encoder with random weights, the same on every rank; what is built next has the same everywhere."""
     torch.manual_seed(recipe.seed)
     data, views = recipe.data, recipe.views
     prepared_as = preprocessing(
@@ -57,9 +54,18 @@ def build_student(recipe: Recipe, *, reconstructs: bool, dense: bool, pooled: bo
         coarsest_last=views.coarsest_last,
     )
     name, sizes = recipe.model.architecture, recipe.model.encoder_arguments()
-    encoder = build_encoder(name, views.crop_size, prepared_as, num_channels=data.num_channels, **sizes)
+    return build_encoder(name, views.crop_size, prepared_as, num_channels=data.num_channels, **sizes)
+
+
+def build_student(recipe: PretrainingRecipe, *, reconstructs: bool, dense: bool, pooled: bool) -> nn.Module:
+    """A fresh student, the same on every rank; heads that are built next are too.
+
+    Args:
+        reconstructs, dense, pooled: whether voxels, dense and pooled features are wanted of it.
+    """
+    encoder = build_fresh_encoder(recipe)
     wanted = {"reconstructs": reconstructs, "dense": dense, "pooled": pooled}
-    student = architecture(name).student(encoder, recipe.model, recipe.mask.ratio, **wanted)
+    student = architecture(recipe.model.architecture).student(encoder, recipe.model, recipe.mask.ratio, **wanted)
     if recipe.run.gradient_checkpointing:
         checkpoint_gradients(student)
     return student

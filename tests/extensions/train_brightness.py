@@ -21,7 +21,7 @@ from training.estimate import noise_batch, step_cost
 from training.export import export_run
 from training.facts import Method
 from training.launch import parse_arguments, read_launch
-from training.recipe import Recipe, load_recipe
+from training.recipe import PretrainingRecipe, load_recipe
 from training.run import Run
 from training.student import build_student
 
@@ -33,7 +33,7 @@ class BrightnessSection(Section):
     weight: Weight
 
 
-class BrightnessRecipe(Recipe):
+class BrightnessRecipe(PretrainingRecipe):
     method: Literal["brightness"]
     brightness: BrightnessSection
 

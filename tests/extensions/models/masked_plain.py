@@ -23,8 +23,10 @@ class Plain(ModelSection):
     def encoder_arguments(self):
         return {"hidden_size": self.hidden_size}
 
-    def check_crop(self, crop_size, mask_block):
+    def check_crop(self, crop_size):
         check_divides("views.crop_size", crop_size, STRIDE, "the stride of the encoder")
+
+    def check_mask(self, crop_size, mask_block):
         check_divides("views.crop_size", crop_size, mask_block, "mask.block")
 
 

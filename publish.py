@@ -54,6 +54,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "modeling_encoder.py",
     "nifti.py",
     "normalisation.py",
+    "placement.py",
     "volume.py",
     "preprocessor_config.json",
     ENCODER_WEIGHTS,

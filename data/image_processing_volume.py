@@ -1,7 +1,7 @@
 """The preparation of volumes as a processor that is saved beside the encoder and loaded with `AutoImageProcessor`.
 
-Needs nibabel, numpy, scipy, torch and transformers: this file, `nifti.py`, `volume.py` and `normalisation.py` are
-copied next to the weights.
+Needs nibabel, numpy, scipy, torch and transformers: this file, `nifti.py`, `volume.py`, `normalisation.py` and
+`placement.py` are copied next to the weights.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from transformers.image_processing_base import BatchFeature, ImageProcessingMixi
 
 from .nifti import Image, read_image
 from .normalisation import BOX, checked_rule
+from .placement import Placed
 from .volume import NATIVE, PLAUSIBLE_SPACING, around, axis_order, own_box, prepare
 
 MOST_VOXELS = 2048  # an axis; a configuration file that asks for more is damaged
@@ -75,14 +76,16 @@ class VolumeImageProcessor(ImageProcessingMixin):
         Raises:
             ValueError: if an array comes without its spacing, or the volume cannot be used; the message says why.
         """
-        voxels, _ = self._prepared(image, spacing, modality)
+        voxels = self.place(image, spacing, modality).voxels
         return voxels if self.channels else voxels[0]
 
-    def _prepared(self, image, spacing, modality):
-        """The volume `[C, X, Y, Z]`, and what is around it `[C]`."""
+    def place(self, image, spacing=None, modality=None):
+        """The whole prepared volume with where it lies in its file, as `Placed`; `to_source_grid` of placement.py
+        brings back what a network makes of it. Arguments and errors are those of `prepare`."""
         rules = self.intensity, self.intensity_of_ct
         if not self.channels:
             image = self._read(image, spacing)
+            first = image
             volumes = [prepare(image.voxels, image.spacing, self.spacing, *rules, modality or "")]
         else:
             images = [None if one is None else self._read(one, spacing) for one in self._in_order(image)]
@@ -100,7 +103,14 @@ class VolumeImageProcessor(ImageProcessingMixin):
         voxels = np.stack([np.zeros_like(there.voxels) if v is None else v.voxels for v in volumes])
         order = axis_order(there.spacing, self.coarsest_last)
         padding = [0.0 if v is None else v.padding for v in volumes]
-        return np.ascontiguousarray(voxels.transpose(0, *(1 + axis for axis in order))), padding
+        voxels = np.ascontiguousarray(voxels.transpose(0, *(1 + axis for axis in order)))
+        to_image = there.to_box.copy()
+        to_image[:, 3] += [part.start for part in there.box]
+        to_source = first.to_file[:, :3] @ to_image
+        to_source[:, 3] += first.to_file[:, 3]
+        to_source = to_source[:, [*order, 3]]
+        mm = tuple(there.spacing[axis] for axis in order)
+        return Placed(voxels, padding, mm, to_source, tuple(first.shape), first.affine)
 
     def _read(self, image, spacing):
         """As an `Image`, reoriented; an array is taken to be so."""
@@ -109,7 +119,8 @@ class VolumeImageProcessor(ImageProcessingMixin):
         if spacing is None:
             raise ValueError("an array needs its voxel size: processor(array, spacing=(1.0, 1.0, 1.0)), in mm")
         image = image.numpy(force=True) if isinstance(image, torch.Tensor) else np.asarray(image)
-        return Image(image.astype(np.float32), np.asarray(spacing, dtype=float), None, np.eye(4), image.shape)
+        mm = np.asarray(spacing, dtype=float)
+        return Image(image.astype(np.float32), mm, np.eye(3, 4), np.diag([*mm, 1.0]), image.shape)
 
     def _in_order(self, images):
         """The image of each channel, None for one that is missing."""
@@ -132,14 +143,14 @@ class VolumeImageProcessor(ImageProcessingMixin):
             modality: as for `prepare`; the same for all of a list.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        volumes = [self._prepared(image, spacing, modality) for image in images]
+        volumes = [self.place(image, spacing, modality) for image in images]
         if isinstance(crop_size, str) and crop_size == "whole":
-            size = volumes[0][0].shape[1:]
-            if any(volume.shape[1:] != size for volume, _ in volumes):
+            size = volumes[0].voxels.shape[1:]
+            if any(volume.voxels.shape[1:] != size for volume in volumes):
                 raise ValueError("whole volumes of different sizes make no batch: give them one at a time")
         else:
             size = voxels(self.crop_size if crop_size is None else crop_size)
-        crops = [[center_crop(c, size, p) for c, p in zip(volume, padding)] for volume, padding in volumes]
+        crops = [[center_crop(c, size, p) for c, p in zip(v.voxels, v.padding)] for v in volumes]
         return BatchFeature({"pixel_values": np.stack(crops)}, tensor_type=return_tensors)
 
 

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
+from transformers import PretrainedConfig
 
 from .configuration_primus import PRIMUS_SIZES
 from .features import DENSE_STRIDE
@@ -26,6 +27,11 @@ class ModelSection(Section):
     @abstractmethod
     def encoder_arguments(self) -> dict[str, Any]:
         """Of the configuration, but for crop and preprocessing."""
+
+    @classmethod
+    @abstractmethod
+    def of_encoder(cls, config: PretrainedConfig) -> dict[str, Any]:
+        """The section of a model that is built on an encoder, without what regularises pretraining."""
 
     @abstractmethod
     def check_crop(self, crop_size: tuple[int, ...]) -> None:
@@ -78,6 +84,12 @@ class Primus(ModelSection):
     def encoder_arguments(self) -> dict[str, Any]:
         return {**self.numbers(), "patch_size": (self.patch_size,) * 3, "drop_path_rate": self.drop_path_rate}
 
+    @classmethod
+    def of_encoder(cls, config: PretrainedConfig) -> dict[str, Any]:
+        sizes = {key: getattr(config, key) for key in PRIMUS_SIZES["M"]}
+        rest = {"drop_path_rate": 0.0, "decoder_layers": 0, "feature_decoder_heads": None}
+        return {"architecture": config.model_type, **sizes, "patch_size": config.patch_size[0], **rest}
+
     def check_crop(self, crop_size: tuple[int, ...]) -> None:
         check_divides("views.crop_size", crop_size, self.patch_size, "the token size model.patch_size")
 
@@ -112,6 +124,11 @@ class ResEnc(ModelSection):
 
     def encoder_arguments(self) -> dict[str, Any]:
         return self.model_dump(exclude={"architecture"})
+
+    @classmethod
+    def of_encoder(cls, config: PretrainedConfig) -> dict[str, Any]:
+        sizes = {key: list(getattr(config, key)) for key in ("hidden_sizes", "strides", "depths")}
+        return {"architecture": config.model_type, **sizes}
 
     def check_crop(self, crop_size: tuple[int, ...]) -> None:
         total = math.prod(self.strides)

@@ -61,6 +61,10 @@ class Pretraining(nn.Module):
             self.teacher.eval()  # no drop-path in the teacher
         return self
 
+    def parameter_groups(self) -> list[dict]:
+        """What is trained, as an optimiser takes it; a group's `lr_scale`, if it has one, scales the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
     def outputs(self, views: torch.Tensor, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the networks on a batch: all that `objective` needs, and `encoded` (`StudentOutput`).
 

@@ -21,7 +21,7 @@ def weights_after(recipe_name, norms, shards):
     model = torch.nn.Linear(6, 5)
     if shards:
         fully_shard(model)
-    optimizer = build_optimizer(model, recipe)
+    optimizer = build_optimizer([{"params": list(model.parameters())}], recipe)
     for step, norm in enumerate(norms):
         model(torch.arange(12.0).view(2, 6) * step).square().sum().backward()
         skip_if_not_finite(optimizer, torch.tensor(norm))

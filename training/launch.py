@@ -21,7 +21,21 @@ DEMO_VOLUME = "the MNI152 T1 template that nilearn ships"
 
 
 def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; `manual` is the script's docstring."""
+    """Read the command line of a pretraining script; `manual` is its docstring."""
+    parser = common_parser(manual)
+    add = parser.add_argument
+    add("--stream", action="store_true", help="read a data set of the Hub while training, without a copy on this disk")
+    add(
+        "--init-from",
+        metavar="PATH_OR_HUB_ID",
+        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
+        "or ORG/NAME[@REVISION] of the Hub",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def common_parser(manual: str) -> argparse.ArgumentParser:
+    """The arguments that all scripts have which train."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, help="how to spread the work: a file of ds_configs/ (default: as the launcher was told)")
@@ -32,16 +46,9 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
         help="volumes: a folder, an index or a data set of the Hub that prepare_data.py reads, or what it made of one "
         "(default: MNI152 T1)",
     )
-    add("--stream", action="store_true", help="read a data set of the Hub while training, without a copy on this disk")
     add("--data-description", metavar="TEXT", help="what these volumes are, for the model card")
     add("--output", type=Path, help="folder of the run (default: the first free of runs/NAME, NAME-2, ...)")
     add("--prepared", type=Path, help="where to prepare raw volumes, to share it (default: OUTPUT/prepared)")
-    add(
-        "--init-from",
-        metavar="PATH_OR_HUB_ID",
-        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
-        "or ORG/NAME[@REVISION] of the Hub",
-    )
     order = "of a foreign Primus that does not tell how it numbers tokens"
     add("--init-token-order", choices=["xyz", "yxz"], help=order)
     add("--resume", choices=["auto"], help="go on from the newest complete checkpoint in OUTPUT")
@@ -50,7 +57,7 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     add("--ranks", type=int, help="of --dry-run: for so many (default: those that were launched)")
     add("--tflops", type=float, help="of --dry-run: what a rank reaches (default: measured here)")
     add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
-    return parser.parse_intermixed_args(arguments)
+    return parser
 
 
 @dataclass(frozen=True)

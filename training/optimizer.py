@@ -7,10 +7,11 @@ from torch.utils._pytree import tree_map
 from .recipe import Recipe
 
 
-def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Over what is trained; fused ones, which can leave out a step without waiting for the device (guards.py)."""
+def build_optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
+    """Over groups of parameters (`Pretraining.parameter_groups`); fused ones, which can leave out a step without
+    waiting for the device (guards.py)."""
     numbers = recipe.optimizer.model_dump(exclude={"name", "learning_rate"}) | {
-        "params": [p for p in model.parameters() if p.requires_grad],
+        "params": groups,
         "lr": recipe.optimizer.learning_rate,
         "fused": True,
     }

@@ -145,7 +145,8 @@ class Run:
         self.stream = stream
         if self.strategy.kind == "fsdp2" and recipe.train.precision == "bf16":
             shard_blocks_in_bf16(accelerator, self.model)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, build_optimizer(self.model, recipe))
+        optimizer = build_optimizer(self.model.parameter_groups(), recipe)
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         assert accelerator.unwrap_model(self.wrapped) is self.model
         own, skipped = self._resume()
         set_random_state(own, recipe.seed + 1 + self.rank + self.first_step * self.ranks)
@@ -175,7 +176,7 @@ class Run:
         for number in range(self.first_step, train.steps):
             lr = learning_rate(number, train.steps, peak, train.warmup_steps, train.decay_power)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             done = number + 1
             self.logs = done % self.recipe.run.log_every == 0 or done == train.steps
             with record_function(f"step {number}"):

@@ -23,6 +23,10 @@ class Plain(ModelSection):
     def encoder_arguments(self):
         return {"hidden_size": self.hidden_size}
 
+    @classmethod
+    def of_encoder(cls, config):
+        return {"architecture": "plain", "hidden_size": config.hidden_size}
+
     def check_crop(self, crop_size):
         check_divides("views.crop_size", crop_size, STRIDE, "the stride of the encoder")
 

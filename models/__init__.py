@@ -5,11 +5,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, Architecture, architecture, dense_features
+from .architectures import ARCHITECTURES, Architecture, architecture, dense_features, fine_tuned, segmentation_class
 from .configuration_primus import PRIMUS_SIZES, PrimusConfig
 from .configuration_resenc import ResEncConfig
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
+from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation
 from .pretraining import Pretraining
 from .warm_start import ENCODER_WEIGHTS
 from .weight_files import read_json, read_weights
@@ -20,13 +21,17 @@ __all__ = [
     "Architecture",
     "Pretraining",
     "PrimusConfig",
+    "PrimusForSegmentation",
     "PrimusModel",
     "ResEncConfig",
+    "ResEncForSegmentation",
     "ResEncModel",
     "architecture",
     "build_encoder",
     "dense_features",
     "load_encoder",
+    "load_segmentation",
+    "segmentation_class",
 ]
 
 
@@ -53,21 +58,43 @@ def load_encoder(folder: Path) -> PreTrainedModel:
     Raises:
         ValueError: if the folder holds no encoder of ours, or a damaged one.
     """
+    numbers, row = _read_config(folder)
+    if name := fine_tuned(numbers):
+        raise ValueError(f"{folder}: it is a {name}: give the encoder that it was fine-tuned from")
+    return _load(folder, numbers, row.model)
+
+
+def load_segmentation(folder: Path) -> PreTrainedModel:
+    """The fine-tuned model in a folder that `from_pretrained` reads, with this project's code and not the folder's.
+
+    Raises:
+        ValueError: if the folder holds no segmentation model of ours, or a damaged one.
+    """
+    numbers, row = _read_config(folder)
+    if not fine_tuned(numbers):
+        raise ValueError(f"{folder}: it is an encoder, which segments nothing yet: fine-tune it with finetune.py")
+    return _load(folder, numbers, segmentation_class(row.config.model_type))
+
+
+def _read_config(folder: Path) -> tuple[dict, Architecture]:
     numbers = read_json(folder / "config.json")
     model_type = numbers.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"{folder}: its config.json is of another kind of model ({model_type!r})")
-    row = ARCHITECTURES[model_type]
+    return numbers, ARCHITECTURES[model_type]
+
+
+def _load(folder: Path, numbers: dict, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     try:
-        config = row.config.from_dict(numbers)
+        config = model_class.config_class.from_dict(numbers)
     except TypeError as error:  # a number where a list belongs, a text where a number belongs
         raise ValueError(f"{folder}: config.json is damaged ({error})") from None
-    encoder = row.model(config)
+    model = model_class(config)
     index = folder / f"{ENCODER_WEIGHTS}.index.json"
     weights, _ = read_weights(index if index.is_file() else folder / ENCODER_WEIGHTS)
     try:
-        encoder.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{folder}: the weights are not those of config.json ({reason})") from None
-    return encoder
+    return model

@@ -17,6 +17,7 @@ from .masked_resenc import MaskedResEnc
 from .model_sections import ModelSection, Primus, ResEnc
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
+from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation, SegmentationModel
 from .nnunet_names import NnunetNames
 
 
@@ -33,6 +34,7 @@ class Architecture(NamedTuple):
 
     config: type[PretrainedConfig]
     model: type[PreTrainedModel]
+    segmentation: type[SegmentationModel] | None  # the model with a decoder; None: it cannot be fine-tuned to segment
     section: type[ModelSection]  # of a recipe: its numbers, what they ask of a crop, stride of the dense features
     student: Callable[..., nn.Module]  # (encoder, section, mask ratio, reconstructs=, dense=, pooled=)
     dense: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # see `dense_features`
@@ -50,6 +52,7 @@ ARCHITECTURES = {
     "primus": Architecture(
         config=PrimusConfig,
         model=PrimusModel,
+        segmentation=PrimusForSegmentation,
         section=Primus,
         student=lambda encoder, section, mask_ratio, **wanted: MaskedPrimus(
             encoder,
@@ -71,6 +74,7 @@ ARCHITECTURES = {
     "resenc": Architecture(
         config=ResEncConfig,
         model=ResEncModel,
+        segmentation=ResEncForSegmentation,
         section=ResEnc,
         student=lambda encoder, section, mask_ratio, **wanted: MaskedResEnc(encoder, **wanted),
         dense=resenc_features,
@@ -112,6 +116,25 @@ def names_in_nnunet(model_type: str) -> NnunetNames:
     if names is None:
         raise ValueError(f"nnU-Net and nnssl have no network like a {model_type}")
     return names
+
+
+def segmentation_class(model_type: str) -> type[SegmentationModel]:
+    """What an architecture is fine-tuned as to segment.
+
+    Raises:
+        ValueError: if nothing is written for it.
+    """
+    found = architecture(model_type).segmentation
+    if found is None:
+        raise ValueError(f"a {model_type} cannot be fine-tuned to segment: its row of ARCHITECTURES has no such model")
+    return found
+
+
+def fine_tuned(numbers: dict) -> str | None:
+    """The class of the fine-tuned model that a config.json is of; None if it is of anything else."""
+    classes = numbers.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else None
+    return name if name in [row.segmentation.__name__ for row in ARCHITECTURES.values() if row.segmentation] else None
 
 
 def dense_features(encoder: PreTrainedModel, views: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import nn
 
+from .decoders import patch_decoder
 from .features import tokens_to_map
-from .modeling_primus import InputNorm, PrimusModel, PrimusTransformer, init_primus_weights
+from .modeling_primus import PrimusModel, PrimusTransformer, init_primus_weights
 from .pretraining import StudentOutput
 
 
@@ -51,34 +52,6 @@ class PrimusFeatures(nn.Module):
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Unmasked crops `[B, C, X, Y, Z]` -> what `describe` returns."""
         return self.describe(self.encoder(views).last_hidden_state)
-
-
-class ChannelNorm(InputNorm):
-    """LayerNorm over the channels of `[B, C, X, Y, Z]`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def patch_decoder(hidden_size: int, patch_size: tuple[int, ...], out_channels: int) -> nn.Sequential:
-    """Transposed convolutions that undo the patch embedding, doubling an axis a stage: map -> voxels.
-
-    The channels fall geometrically from `hidden_size` to `2 * out_channels`, rounded to multiples of 8.
-    """
-    stages = int(math.log2(max(patch_size)))
-    shrink = (hidden_size / (2 * out_channels)) ** (1 / stages)
-    channels = [hidden_size] + [max(8, round(hidden_size / shrink ** (i + 1) / 8) * 8) for i in range(stages - 1)]
-    channels.append(out_channels)
-    layers = []
-    for i in range(stages):
-        stride = tuple(2 if size >= 2 ** (stages - i) else 1 for size in patch_size)
-        layers.append(nn.ConvTranspose3d(channels[i], channels[i + 1], stride, stride))
-        # every output voxel sums over the input channels once; the last layer starts near 0, the mean of a volume
-        nn.init.normal_(layers[-1].weight, std=math.sqrt(2 / channels[i]) if i + 1 < stages else 0.02)
-        nn.init.zeros_(layers[-1].bias)
-        if i + 1 < stages:
-            layers += [ChannelNorm(channels[i + 1], eps=1e-6), nn.GELU()]
-    return nn.Sequential(*layers)
 
 
 class MaskedPrimus(nn.Module):

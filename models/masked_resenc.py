@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .configuration_resenc import ResEncConfig
+from .decoders import UNetDecoder
 from .features import join_stages
-from .modeling_resenc import ConvNorm, ResEncModel, init_resenc_weights
+from .modeling_resenc import ResEncModel
 from .pretraining import StudentOutput
 
 
@@ -43,27 +44,6 @@ class ResEncFeatures(nn.Module):
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Unmasked crops `[B, C, X, Y, Z]` -> what `describe` returns."""
         return self.describe(self.encoder(views, output_hidden_states=True).hidden_states)
-
-
-class UNetDecoder(nn.Module):
-    """nnU-Net's decoder: transposed convolution, concatenation with the skip, one convolution, stage by stage."""
-
-    def __init__(self, hidden_sizes: list[int], strides: list[int], out_channels: int, eps: float):
-        super().__init__()
-        fine, coarse = hidden_sizes[-2::-1], hidden_sizes[:0:-1]
-        self.upsample = nn.ModuleList(
-            nn.ConvTranspose3d(below, here, stride, stride)
-            for below, here, stride in zip(coarse, fine, reversed(strides[1:]))
-        )
-        self.stages = nn.ModuleList(ConvNorm(2 * here, here, 3, eps=eps) for here in fine)
-        self.output = nn.Conv3d(hidden_sizes[0], out_channels, 1)
-        self.apply(init_resenc_weights)
-
-    def forward(self, stages: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        x = stages[-1]
-        for upsample, stage, skip in zip(self.upsample, self.stages, stages[-2::-1]):
-            x = stage(torch.cat((upsample(x), skip), dim=1))
-        return self.output(x)
 
 
 def unet_decoder(config: ResEncConfig) -> UNetDecoder:

@@ -24,6 +24,7 @@ class Encoder(PreTrainedModel):
     `get_input_embeddings` is the convolution that reads the voxels.
     """
 
+    base_model_prefix = "encoder"  # what a model for a task calls it, so that either loads the other's folder
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
 

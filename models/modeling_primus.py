@@ -224,7 +224,6 @@ class PrimusModel(Encoder):
     """
 
     config_class = PrimusConfig
-    base_model_prefix = "primus"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

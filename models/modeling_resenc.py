@@ -74,7 +74,6 @@ class ResEncModel(Encoder):
     """
 
     config_class = ResEncConfig
-    base_model_prefix = "resenc"
     _no_split_modules = ["ResEncBlock"]
 
     def __init__(self, config):

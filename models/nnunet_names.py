@@ -44,8 +44,8 @@ PRIMUS_NAMES = (  # ours, theirs; the more special first
 
 
 def _primus_names(name: str, config: PretrainedConfig) -> list[str]:
-    if name.startswith("patch_decoder."):
-        _, layer, what = name.split(".")
+    if patch_decoder := re.fullmatch(r"(?:patch_)?decoder\.(\d+)\.(\w+)", name):  # of pretraining or of segmentation
+        layer, what = patch_decoder.groups()
         stage, kind = divmod(int(layer), 3)  # convolution, norm, activation
         nested = [f"up_projection.decode.{stage}.{kind}.{what}"]
         return nested if kind else [*nested, f"up_projection.decode.{stage}.{what}"]  # the last stage is not nested

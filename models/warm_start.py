@@ -10,7 +10,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from torch import nn
 from transformers import PretrainedConfig
 
-from .architectures import ARCHITECTURES, architecture
+from .architectures import ARCHITECTURES, architecture, fine_tuned
 from .conversion import DECODERS, Conversion, from_reference, reference_prefix, select
 from .weight_files import checksum, read_json, read_weights
 
@@ -77,9 +77,12 @@ def _convert(
     row, told = architecture(config.model_type), about.get("model_type", config.model_type)
     if told != config.model_type and told in ARCHITECTURES:
         raise ValueError(f"it is a {told}, our encoder is a {config.model_type}")
+    if about["fine_tuned"]:
+        raise ValueError(f"it is a {about['fine_tuned']}: give the encoder that it was fine-tuned from")
     ours, has_tokens = _ours(weights, row.input_weight), row.nnunet is not None and row.nnunet.from_yxz is not None
     if ours is not None:
-        found = select(ours, {name: [name] for name in wanted}, wanted, config, about["image_size"])
+        names = {name: [name, f"patch_{name}"] for name in wanted}  # pretraining has decoder and patch_decoder
+        found = select(ours, names, wanted, config, about["image_size"])
     else:
         reference_prefix(weights, config.model_type)  # before a question about something that is not there
         order = (token_order or about["token_order"] or _token_order(about["trainer_name"])) if has_tokens else "xyz"
@@ -173,6 +176,7 @@ def _about(path: Path, content: dict) -> dict:
     trainer = content.get("trainer_name")
     about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None, "orientation": None}
     order = content.get("token_order")  # only ours say it
+    about["fine_tuned"] = None
     about["token_order"] = order if order in ("xyz", "yxz") else None
     plan = _dict(content.get("nnssl_adaptation_plan"))
     configurations = _dict(_dict(plan.get("pretrain_plan")).get("configurations"))
@@ -184,6 +188,7 @@ def _about(path: Path, content: dict) -> dict:
             known = read_json(file)
             orientation = _dict(known.get("preprocessing")).get("orientation")
             about["orientation"] = orientation if isinstance(orientation, str) else None
+            about["fine_tuned"] = fine_tuned(known)
             if not content:
                 sizes.append(known.get("image_size"))
                 if isinstance(known.get("model_type"), str):

@@ -18,8 +18,8 @@ from models import (
     dense_features,
 )
 from models.cva import ConsistentViewAlignment
+from models.decoders import patch_decoder
 from models.features import join_stages, tokens_to_map
-from models.masked_primus import patch_decoder
 from models.model_sections import ModelSection
 from training.student import checkpoint_gradients
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel
 from models.conversion import from_reference, reference_names, to_reference
+from models.decoders import UNetDecoder
 from models.masked_primus import MaskedPrimus
-from models.masked_resenc import UNetDecoder
 
 RESENC_L = {"hidden_sizes": [32, 64, 128, 256, 320, 320], "depths": [1, 3, 4, 6, 6, 6]}
 

@@ -25,7 +25,6 @@ class PlainBlock(nn.Conv3d):
 
 class PlainModel(Encoder):
     config_class = PlainConfig
-    base_model_prefix = "plain"
     _no_split_modules = ["PlainBlock"]
 
     def __init__(self, config):

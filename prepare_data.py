@@ -29,6 +29,7 @@ import joblib
 import psutil
 
 from data.hub import open_dataset
+from data.labels import keep_classes
 from data.manifest import read_manifest
 from data.preparation_report import write_preparation_report
 from data.prepare_folder import MEMORY, prepare_folder, prepare_streamed
@@ -90,6 +91,8 @@ def prepare_files(arguments: argparse.Namespace, numbers: Data, workers: int) ->
     if arguments.modality:
         listing = listing._replace(sources=[s._replace(modality=arguments.modality) for s in listing.sources])
     job = Job(arguments.output, listing.root, preparation(numbers), arguments.packed, arguments.labels)
+    if arguments.labels:
+        keep_classes(listing.root, arguments.labels, arguments.output)
     return prepare_folder(listing, job, workers, arguments.shard, arguments.verify)
 
 

@@ -22,7 +22,7 @@ JOURNALS = "rows"  # folder of what is done, a line a volume, until all is and t
 LEFT_BEHIND = 86400.0  # seconds after which nobody writes a file any more
 TO_GO_ON = (  # what must be known of a volume to leave it as it is
     *("source", "source_bytes", "source_modified", "modality", "case", "reason"),
-    *("file", "checksum", "bytes", "spacing", "label", "label_checksum"),
+    *("file", "checksum", "bytes", "spacing", "label", "label_checksum", "label_values"),
 )
 
 

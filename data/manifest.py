@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
         ("foreground_std", pa.list_(pa.float64())),
         ("label", pa.string()),  # the prepared map of labels, below the manifest's folder
         ("label_checksum", pa.string()),
+        ("label_values", pa.list_(pa.int32())),  # that are in it, sorted
     ]
 )
 
@@ -61,6 +62,7 @@ FOR_RUNS = (
     *("file", "checksum", "shape", "spacing", "padding"),
     *("foreground_threshold", "foreground_mean", "foreground_std"),
 )
+LABELS = ("label", "label_checksum", "label_values")  # for runs that learn from them
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,12 @@ class Manifest:
         named = pc.coalesce(named, rows["subject"], files).combine_chunks().dictionary_encode()
         return named.dictionary.to_pylist(), named.indices.to_numpy()
 
-    def fingerprint(self) -> str:
-        """Of what there is to train on: the same after a move, a copy, or on another mount."""
+    def fingerprint(self, labels: bool = False) -> str:
+        """Of what there is to train on, with or without labels: the same after a move, a copy, or on another mount."""
         found = hashlib.sha256(json.dumps([FORMAT, asdict(self.preparation)]).encode())
-        for checksums in self.volumes["checksum"].chunks:
-            found.update("".join(checksums.to_pylist()).encode())
+        for column in ("checksum", "label_checksum")[: 1 + labels]:
+            for checksums in self.volumes[column].chunks:
+                found.update("".join(sum or "" for sum in checksums.to_pylist()).encode())
         return found.hexdigest()[:16]
 
 
@@ -160,6 +163,8 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
         facts = json.loads(table.schema.metadata[b"preparation"])
         made_by, finished, journals = (facts.pop(key) for key in ("format", "finished", "journals"))
         if made_by == FORMAT:
+            for name in {*(columns or SCHEMA.names)} - {*table.column_names}:  # of folders prepared before there was it
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
             return Manifest(folder, table, Preparation(**facts), read_source(folder), finished, journals)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None

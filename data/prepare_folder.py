@@ -219,6 +219,8 @@ def _is_in_store(row: dict[str, Any] | None, source: Source, job: Job, verify: b
         return not source.label  # which may have been mended
     files = [(row["file"], row["checksum"], row["bytes"])]
     if source.label:
+        if not row.get("label_values"):  # prepared before there was this column
+            return False
         files.append((row.get("label"), row.get("label_checksum"), 0))
     for name, checksum, size in files:
         file = job.folder / (name or "missing")

@@ -25,6 +25,7 @@ from .sources import Source
 from .stored_volume import PACKED, save_volume
 from .volume import (
     LARGEST_VOLUME,
+    MOST_LABELS,
     NATIVE,
     BadVolume,
     Box,
@@ -217,9 +218,15 @@ def _save_label(source: Source, job: Job, image: Image, done: Prepared, name: st
         if label.shape != image.shape or not np.allclose(label.affine, image.affine, atol=1e-2):
             raise BadVolume(f"it has {label.shape} voxels placed otherwise than the image's {image.shape}")
         labels = prepare_labels(label.voxels, done.box, done.voxels.shape)
+        if len(values := np.unique(labels)) > MOST_LABELS:
+            raise BadVolume(f"it has {len(values)} different labels: is it an image?")
     except BadVolume as error:
         raise BadVolume(f"its label map {source.label}: {error}") from None
-    return {"label": f"labels/{name}", "label_checksum": _save(labels, job.folder / "labels" / name, job.packed)[0]}
+    return {
+        "label": f"labels/{name}",
+        "label_checksum": _save(labels, job.folder / "labels" / name, job.packed)[0],
+        "label_values": values.tolist(),
+    }
 
 
 def _save(array: np.ndarray, file: Path, packed: bool) -> tuple[str, int]:

@@ -28,11 +28,12 @@ def read_block(
 
     Args:
         affine: its `crop_to_volume`, `[3, 4]`.
-        interpolation: "linear", or "cubic" for splines, whose coefficients the block then holds.
+        interpolation: "linear", "cubic" for splines, whose coefficients the block then holds, or "nearest" for labels.
         padding: what is around the volume, of each channel; the block is counted from it, and has 0 there.
 
     Returns:
-        The block `[C, x, y, z]` float32, clipped to the volume, and the affine from crop voxel to block voxel.
+        The block `[C, x, y, z]` clipped to the volume, float32 or the labels' whole numbers, and the affine from crop
+        voxel to block voxel.
     """
     half = (np.asarray(crop_size) - 1) / 2
     middle = affine[:, :3] @ half + affine[:, 3]
@@ -43,6 +44,9 @@ def read_block(
     high = np.clip(np.ceil(middle + reach), 0, last).astype(int)
     part = volume[tuple(slice(a, b + 1) for a, b in zip(low, high))]
     part = part.reshape(-1, *part.shape[-3:])
+    if interpolation == "nearest":
+        block = torch.from_numpy(part if part.dtype == np.uint8 else part.astype(np.int32))
+        return block, torch.from_numpy(_moved(affine, low))
     # torch unpacks half precision 5 times faster than numpy
     block = torch.from_numpy(part).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if np.any(padding):
@@ -51,9 +55,12 @@ def read_block(
         filtered = np.stack([spline_filter(c, order=3, output=np.float32, mode="reflect") for c in block.numpy()])
         block = torch.from_numpy(np.pad(filtered, [(0, 0), *[(SPLINE_EDGE,) * 2] * 3], mode="symmetric"))
         low -= SPLINE_EDGE
-    moved = affine.copy()
-    moved[:, 3] -= low
-    return block, torch.from_numpy(moved)
+    return block, torch.from_numpy(_moved(affine, low))
+
+
+def _moved(affine: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The affine to a block that starts at `low`."""
+    return np.column_stack([affine[:, :3], affine[:, 3] - low])
 
 
 def is_a_copy(affine: np.ndarray) -> bool:
@@ -66,21 +73,22 @@ def is_a_copy(affine: np.ndarray) -> bool:
 def cut_views(
     blocks: list[torch.Tensor], affines: torch.Tensor, crop_size: tuple[int, ...], interpolation: str
 ) -> torch.Tensor:
-    """Views `[N, C, X, Y, Z]` from their blocks; outside the volume they are 0.
+    """Views `[N, C, X, Y, Z]` from their blocks, int64 of labels; outside the volume they are 0.
 
     Blocks differ in size, so each view is one launch; at millions of voxels each, that fills any device.
 
     Args:
         blocks, affines: of `read_block`: `N` tensors on one device, and `[N, 3, 4]` on the CPU.
     """
-    views = blocks[0].new_zeros(len(blocks), len(blocks[0]), *crop_size)
+    kind = torch.int64 if interpolation == "nearest" else blocks[0].dtype
+    views = blocks[0].new_zeros(len(blocks), len(blocks[0]), *crop_size, dtype=kind)
     for view, block, affine in zip(views, blocks, affines.numpy()):
         if is_a_copy(affine):
             _paste(view, block, affine)
         elif interpolation == "cubic":
             _interpolate_spline(view, block, affine)
         else:
-            _interpolate_linear(view, block, affine)
+            _interpolate(view, block, affine, "nearest" if interpolation == "nearest" else "bilinear")
     return views
 
 
@@ -98,12 +106,12 @@ def _paste(view: torch.Tensor, block: torch.Tensor, affine: np.ndarray) -> None:
     view[tuple(place)] = block.flip(mirrored)
 
 
-def _interpolate_linear(view: torch.Tensor, block: torch.Tensor, affine: np.ndarray) -> None:
+def _interpolate(view: torch.Tensor, block: torch.Tensor, affine: np.ndarray, mode: str) -> None:
     unit = 2 / np.array(block.shape[1:])  # grid_sample spans any block by [-1, 1]: voxel 0 is half a voxel above -1
     grid = _empty_grid(view)
     for axis, row in enumerate(affine):
         _fill(grid[:, 0, :, :, 2 - axis], row * unit[axis], unit[axis] / 2 - 1)  # which wants Z first
-    view.copy_(_lookup(block, grid))
+    view.copy_(_lookup(block.float(), grid, mode))  # which has all labels exactly
 
 
 def _interpolate_spline(view: torch.Tensor, coefficients: torch.Tensor, affine: np.ndarray) -> None:
@@ -141,8 +149,8 @@ def _fill(out: torch.Tensor, row: np.ndarray, shift: float = 0.0) -> torch.Tenso
     return torch.add((a * x + (origin + shift))[:, None, None] + (b * y)[:, None], c * z, out=out)
 
 
-def _lookup(block: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Trilinear interpolation of a block `[C, x, y, z]` at `[X, 1, Y, Z, 3]`: slabs along X, so that all threads of a
-    CPU work."""
+def _lookup(block: torch.Tensor, grid: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
+    """Trilinear interpolation of a block `[C, x, y, z]` at `[X, 1, Y, Z, 3]`, or the nearest: slabs along X, so that
+    all threads of a CPU work."""
     source = block.expand(len(grid), -1, -1, -1, -1)
-    return F.grid_sample(source, grid, align_corners=False)[:, :, 0].movedim(0, 1)
+    return F.grid_sample(source, grid, mode, align_corners=False)[:, :, 0].movedim(0, 1)

@@ -90,6 +90,20 @@ def find_sources(
     return Listing(root, sorted(sources), sorted(left_out))
 
 
+def labels_beside(source: Path) -> Path | None:
+    """The folder of label maps in a folder that has one: nnU-Net's and Decathlon's `labelsTr`, or `labels`."""
+    pairs = (("imagesTr", "labelsTr"), ("images", "labels"))
+    return next(
+        (source / labels for images, labels in pairs if all((source / n).is_dir() for n in (images, labels))), None
+    )
+
+
+def only_labelled(listing: Listing) -> Listing:
+    """A listing of no volumes but those with a label map."""
+    without = [(one.path, "no label map") for one in listing.sources if not one.label]
+    return Listing(listing.root, [one for one in listing.sources if one.label], sorted([*listing.left_out, *without]))
+
+
 def choose(
     found: Sequence[Source], left_out: LeftOut, include: Sequence[str], exclude: Sequence[str], where: str
 ) -> tuple[list[Source], LeftOut]:

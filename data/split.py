@@ -26,6 +26,18 @@ def is_left_out(subject: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(subject, p) or fnmatchcase(subject.rpartition("/")[2], p) for p in patterns)
 
 
+def choose_subjects(subjects: Sequence[str], budget: int, seed: int) -> list[str]:
+    """As many subjects as the budget allows, by a hash of their names; of one seed, more hold all that fewer do.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    names = sorted(set(subjects))
+    if not 1 <= budget <= len(names):
+        raise ValueError(f"a budget of {budget} subjects: choose from 1 to the {len(names)} that there are")
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:budget]
+
+
 def split_by_subject(manifest: Manifest, validation_share: float, leave_out: Sequence[str]) -> Split:
     """Keep some subjects for validation, chosen by a hash of their names, and leave others out altogether.
 

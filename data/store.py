@@ -49,6 +49,7 @@ class PreparedVolumes(Sequence):
             raise ValueError(f"{manifest.folder} holds packed volumes: pip install blosc2")
         self.paddings = table["padding"].combine_chunks()
         self.thresholds = table["foreground_threshold"].combine_chunks()
+        self.labels = table["label"].combine_chunks() if "label" in table.column_names else None
         self.spacings = matrix(table["spacing"], 3)
         fixed = manifest.preparation.spacing != NATIVE
         self.spacing = self.spacings[0].tolist() if fixed else NATIVE  # mm, of all
@@ -104,7 +105,9 @@ class PreparedVolumes(Sequence):
     def _open(self, row: int) -> Volume:
         try:
             numbers = self.paddings[row].as_py(), self.spacings[row].tolist(), self.thresholds[row].as_py()
-            return open_volume(self._path(row), *numbers, partial(self._frame, row))
+            label = self.labels[row].as_py() if self.labels else None
+            label_file = self.manifest.folder / label if label else None
+            return open_volume(self._path(row), *numbers, partial(self._frame, row), label_file)
         except OSError as error:
             error.filename = self._path(row)
             raise

@@ -22,6 +22,7 @@ def open_volume(
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     foreground_threshold: float = 0.0,
     find_frame: Callable[[], np.ndarray] | None = None,
+    label_file: Path | None = None,
 ) -> "StoredVolume | PackedVolume":
     """A volume `[X, Y, Z]` of which indexing with three slices reads no more than it must.
 
@@ -30,6 +31,7 @@ def open_volume(
         spacing: mm of its voxels.
         foreground_threshold: voxels above are foreground.
         find_frame: finds its `volume_to_frame`, if that is asked for.
+        label_file: of its map of labels, opened if `labels` is asked for.
 
     Raises:
         OSError: if it cannot be read, is no volume, or is shorter than it says; indexing, too.
@@ -37,6 +39,7 @@ def open_volume(
     volume = (PackedVolume if path.suffix == PACKED else StoredVolume)(path)
     volume.padding, volume.spacing = padding, tuple(spacing)
     volume.foreground_threshold, volume.find_frame = foreground_threshold, find_frame
+    volume.label_file = label_file
     return volume
 
 
@@ -52,18 +55,28 @@ def save_volume(array: np.ndarray, file: Path, packed: bool) -> None:
     blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=packing, urlpath=str(file), mode="w")
 
 
-class FrameFound:
-    """A volume whose place in the frame that all patients share is looked up when it is asked for."""
+class OnDisk:
+    """What goes with a volume on the disk, looked up when it is asked for."""
 
     find_frame: Callable[[], np.ndarray]
+    label_file: Path | None
 
     @property
     def volume_to_frame(self) -> np.ndarray:
         """`[3, 4]`, see `frames.py`."""
         return self.find_frame()
 
+    @cached_property
+    def labels(self) -> "StoredVolume | PackedVolume | None":
+        """Its map of labels, whole numbers on the same grid."""
+        try:
+            return open_volume(self.label_file) if self.label_file else None
+        except OSError as error:
+            error.filename = self.label_file
+            raise
 
-class StoredVolume(FrameFound):
+
+class StoredVolume(OnDisk):
     """A `.npy` on the disk; see `open_volume`.
 
     Not a memory map: there, a disk that fails or a file that was cut short ends the process.
@@ -104,7 +117,7 @@ class StoredVolume(FrameFound):
             self.file.close()
 
 
-class PackedVolume(FrameFound):
+class PackedVolume(OnDisk):
     """The same of a `.b2nd`."""
 
     def __init__(self, path: Path):
@@ -120,7 +133,7 @@ class PackedVolume(FrameFound):
 
 
 class HeldVolume:
-    """The same in memory, `[X, Y, Z]` or `[C, X, Y, Z]`; `orientation` is that of its axes."""
+    """The same in memory, `[X, Y, Z]` or `[C, X, Y, Z]`, and labels `[X, Y, Z]`; `orientation` is that of its axes."""
 
     def __init__(
         self,
@@ -129,8 +142,10 @@ class HeldVolume:
         spacing: Sequence[float] = (1.0, 1.0, 1.0),
         foreground_threshold: float = 0.0,
         orientation: str = "RAS",
+        labels: np.ndarray | None = None,
     ):
-        self.voxels, self.padding, self.spacing = voxels, padding, tuple(spacing)
+        assert labels is None or labels.shape == voxels.shape[-3:]
+        self.voxels, self.padding, self.spacing, self.labels = voxels, padding, tuple(spacing), labels
         self.foreground_threshold, self.orientation = foreground_threshold, orientation
         self.shape, self.dtype = voxels.shape[-3:], voxels.dtype
 
@@ -160,6 +175,11 @@ class Channels:
     def volume_to_frame(self) -> np.ndarray:
         """Of the first channel that is there; all lie on one grid."""
         return self.first.volume_to_frame
+
+    @property
+    def labels(self) -> "StoredVolume | PackedVolume | np.ndarray | None":
+        """Of the same: they have one map in common."""
+        return self.first.labels
 
     def __getitem__(self, box: tuple[slice, slice, slice]) -> np.ndarray:
         size = [len(range(*part.indices(n))) for part, n in zip(box, self.shape)]

@@ -23,6 +23,8 @@ from .volume import axis_order
 # generators of their own: chances of one do not move the rest
 PURPOSES = ("geometry", "turns", "mask", "intensity", "replacement")
 MOST_REPLACEMENTS = 10  # volumes that cannot be read, one after the other
+LABEL_BLOCK = ("label_block", "crop_to_label_block")
+BLOCKS = ("block", "label_block")  # lists: they differ in size
 
 Draw = Callable[[np.random.Generator, Sequence[Volume], np.ndarray, Sequence[np.ndarray]], np.ndarray]
 
@@ -32,7 +34,7 @@ class Batch(TypedDict):
 
     views: torch.Tensor  # [VB, C, X, Y, Z]
     target: torch.Tensor  # [VB, C, X, Y, Z], what to reconstruct
-    mask: torch.Tensor  # [VB, x, y, z], True where a block is hidden from the student
+    mask: NotRequired[torch.Tensor]  # [VB, x, y, z], True where a block is hidden from the student
     present: torch.Tensor  # [VB, C], False where a volume lacks a channel, which is 0 then and no target
     crop_to_volume: torch.Tensor  # [VB, 3, 4], from voxels of a view to those of the volume that it is cut from
     spacing: torch.Tensor  # [VB, 3], mm between neighbouring voxels of a view, along its axes
@@ -43,6 +45,7 @@ class Batch(TypedDict):
     points: NotRequired[torch.Tensor]  # [VB, P, S, 3], where to compare two views: S places for each of P cells, in
     # voxels of each crop; those of the two views of a volume are the same places
     inside: NotRequired[torch.Tensor]  # [VB, P], whether both views reach a cell
+    labels: NotRequired[torch.Tensor]  # [VB, X, Y, Z] int64, of each voxel of `views`; 0 outside the volume
 
 
 class SampleStream(Dataset):
@@ -56,14 +59,15 @@ class SampleStream(Dataset):
         shared, independent: chances of mirror, rotation and zoom, for all views together and then for each on its own
             (`draw_turn`).
         intensity: chances of changes of intensity (`draw_intensity`).
-        mask_block: edge of a masked block in voxels.
-        mask_ratio: share of blocks hidden, exactly `int(ratio * blocks)` in each crop.
         views: of a sample.
         draw: where they lie, all that a method chooses itself: a generator, the sample's volumes, the turn that the
             views share `[3, 3]` and each view's own -> `crop_to_volume` `[V, 3, 4]`.
         patients: volumes that a sample is cut from, view `v` from volume `v % patients`; those after the first are
             of other subjects than it, or just others than it where there is one subject.
+        mask_block: edge of a masked block in voxels; None: nothing is masked.
+        mask_ratio: share of blocks hidden, exactly `int(ratio * blocks)` in each crop.
         compare: `crop_to_volume` of two views -> where to compare them, `points` and `inside` (`alignment_points`).
+        labels: whether views come with those of their voxels, the nearest; all volumes must have some.
     """
 
     def __init__(
@@ -76,12 +80,13 @@ class SampleStream(Dataset):
         shared: Mapping,
         independent: Mapping,
         intensity: Mapping[str, tuple[float, tuple[float, float]]],
-        mask_block: int,
-        mask_ratio: float,
         views: int,
         draw: Draw,
         patients: int = 1,
+        mask_block: int | None = None,
+        mask_ratio: float = 0.0,
         compare: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        labels: bool = False,
     ):
         self.volumes = volumes
         self.seed = seed
@@ -89,16 +94,18 @@ class SampleStream(Dataset):
         self.interpolation = interpolation
         self.shared, self.independent = shared, independent
         self.intensity = intensity
-        self.mask_grid = tuple(size // mask_block for size in crop_size)
+        self.mask_grid = mask_block and tuple(size // mask_block for size in crop_size)
         self.mask_ratio = mask_ratio
         self.views, self.draw, self.patients, self.compare = views, draw, patients, compare
+        self.labels = labels
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Any number is a sample; where its volume cannot be read, it is one of another volume, always the same.
 
         Returns:
             For the views, leading `[V]`: `block` and `crop_to_block` (`read_block`; a list, blocks differ in size),
-            `crop_to_volume` `[3, 4]`, `mask` `[x, y, z]`, `intensity`, `padding` (which blocks are counted from) and
+            with labels `label_block` and `crop_to_label_block`, `crop_to_volume` `[3, 4]`, with a mask `mask`
+            `[x, y, z]`, `intensity`, `padding` (which blocks are counted from) and
             `present` `[C]`, `spacing` and `place` `[3]`, `pair` (the number of the sample), `group`, with several
             patients `crop_to_frame` `[3, 4]`, and where views are compared `points` `[P, S, 3]` and `inside` `[P]`; and
             `unreadable`, a line for each volume that could not be read.
@@ -163,14 +170,16 @@ class SampleStream(Dataset):
         own = tuple(draw_turn(turns, self.independent, spacing) for _ in range(self.views))
         affines = self.draw(geometry, volumes, shared, own)
         views = [self._cut(volumes[view % len(volumes)], affine) for view, affine in enumerate(affines)]
-        rows = {key: torch.stack([view[key] for view in views]) for key in views[0] if key != "block"}
+        rows = {key: torch.stack([view[key] for view in views]) for key in views[0] if key not in BLOCKS}
+        blocks = {key: [view[key] for view in views] for key in BLOCKS if key in views[0]}
         if self.compare is not None:
             points, inside = self.compare(rows["crop_to_volume"])
             rows |= {"points": points.float(), "inside": inside.expand(self.views, -1)}
+        if self.mask_grid:
+            rows["mask"] = torch.from_numpy(np.stack([self._mask(masks) for _ in views]))
         return {
             **rows,
-            "block": [view["block"] for view in views],
-            "mask": torch.from_numpy(np.stack([self._mask(masks) for _ in views])),
+            **blocks,
             "intensity": draw_intensity(self._seed(index, "intensity"), self.intensity, self.views),
             "pair": torch.full((self.views,), index),
             "group": torch.tensor([groups[view % len(groups)] for view in range(self.views)]),
@@ -184,8 +193,12 @@ class SampleStream(Dataset):
         frame = {}
         if self.patients > 1:
             frame["crop_to_frame"] = torch.from_numpy(compose(volume.volume_to_frame, affine)).float()
+        labels = {}
+        if self.labels:
+            labels = dict(zip(LABEL_BLOCK, read_block(volume.labels, affine, self.crop_size, "nearest")))
         return {
             **frame,
+            **labels,
             "block": block,
             "crop_to_block": crop_to_block,
             "crop_to_volume": torch.from_numpy(affine),
@@ -204,10 +217,13 @@ class SampleStream(Dataset):
 
 def stack_views(samples: list[dict]) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """Collate view-major: `B` samples of `[V, ...]` -> `[VB, ...]`, view 1 of all before view 2 of all."""
-    tensors = [key for key, value in samples[0].items() if isinstance(value, torch.Tensor)]
+    first = samples[0]
+    tensors = [key for key, value in first.items() if isinstance(value, torch.Tensor)]
     return {
         **{key: torch.stack([s[key] for s in samples], dim=1).flatten(0, 1) for key in tensors},
-        "block": [block for view in zip(*(s["block"] for s in samples)) for block in view],
+        **{
+            key: [block for view in zip(*(s[key] for s in samples)) for block in view] for key in BLOCKS if key in first
+        },
         "unreadable": [line for s in samples for line in s["unreadable"]],
     }
 
@@ -239,6 +255,9 @@ def render(
         views = clean.clone()  # a batch takes the same memory whatever was drawn
     rest = {key: batch[key].to(device, non_blocking=True) for key in REST if key in batch}
     rest["crop_to_volume"] = batch["crop_to_volume"].float().to(device, non_blocking=True)
+    if "label_block" in batch:
+        blocks = [block.to(device, non_blocking=True) for block in batch["label_block"]]
+        rest["labels"] = cut_views(blocks, batch["crop_to_label_block"], crop_size, "nearest")[:, 0]
     return {"views": views, "target": clean if target == "clean" else views, **rest}
 
 

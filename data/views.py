@@ -122,6 +122,26 @@ def scatter_views(
     return np.stack([_affine(turn, at - 0.5 + half - turn @ ((crop - 1) / 2)) for at, turn in zip(low, turns)])
 
 
+def centre_view(
+    centre: Sequence[int],
+    volume_size: tuple[int, ...],
+    crop_size: tuple[int, ...],
+    shared: np.ndarray,
+    own: np.ndarray,
+) -> np.ndarray:
+    """`crop_to_volume` `[3, 4]` of a crop around a voxel, placed as by `scatter_views`.
+
+    The box around it is moved where it would leave the volume.
+    """
+    crop = np.asarray(crop_size)
+    half = np.abs(shared) @ crop / 2
+    free = np.asarray(volume_size) - 2 * half
+    asked = np.asarray(centre, dtype=float) - np.floor(half + TOLERANCE)
+    low = np.where(free >= 0, np.clip(asked, 0, np.maximum(np.floor(free + TOLERANCE), 0)), np.ceil(free / 2))
+    turn = shared @ own
+    return _affine(turn, low - 0.5 + half - turn @ ((crop - 1) / 2))
+
+
 def freedom(volume_size: tuple[int, ...], crop_size: tuple[int, ...], overhang: float) -> np.ndarray:
     """Voxels `[3]` by which `scatter_views` can move a crop along each axis of a volume that is not turned."""
     crop = np.asarray(crop_size)

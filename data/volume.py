@@ -14,6 +14,7 @@ ANISOTROPIC = 3.0  # above this ratio of spacings the coarse axis is interpolate
 LARGEST_VOLUME = 10**9  # voxels of a prepared one, 4 GB; a whole body at 1 mm has a fifth of them
 NEGLIGIBLE = 1e-12  # of a spline's weights, which fall off for ever; denormal numbers are 10 times slower to multiply
 MOST_LABELS = 1024  # different values; FreeSurfer's maps have some hundred
+LARGEST_LABEL = 2**24 - 1  # up to which float32 has all whole numbers
 ALIKE = 0.6  # share of neighbours of one value above which a volume is a map of labels
 
 
@@ -104,15 +105,16 @@ def prepare_labels(labels: np.ndarray, box: Box, shape: tuple[int, ...]) -> np.n
         box, shape: `Prepared.box` of the volume, and the shape of its voxels.
 
     Raises:
-        BadVolume: if labels are not whole numbers.
+        BadVolume: if labels are not whole numbers, negative or too large.
     """
-    labels = labels[box]
     if not np.array_equal(labels, np.round(labels)):
         raise BadVolume("its labels are not whole numbers")
+    if labels.min() < 0 or labels.max() > LARGEST_LABEL:
+        raise BadVolume(f"its labels go from {labels.min():g} to {labels.max():g}, not from 0 to {LARGEST_LABEL}")
+    labels = labels[box]
     nearest = [np.minimum(((np.arange(n) + 0.5) * m / n).astype(int), m - 1) for n, m in zip(shape, labels.shape)]
     labels = labels[np.ix_(*nearest)]
-    kind = np.result_type(*(np.min_scalar_type(int(end)) for end in (labels.min(), labels.max())))
-    return labels.astype(kind)
+    return labels.astype(np.min_scalar_type(int(labels.max())))
 
 
 def is_label_map(voxels: np.ndarray) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import joblib
@@ -12,10 +13,11 @@ from data.channels import channel_number
 from data.columns import matrix
 from data.demo import demo_volume
 from data.journals import JOURNALS
+from data.labels import keep_classes
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
 from data.prepare_folder import prepare_folder, prepare_streamed
 from data.prepare_volume import Job
-from data.sources import Listing, Source, find_sources, is_streamed
+from data.sources import Listing, Source, find_sources, is_streamed, only_labelled
 from data.volume import axis_order
 
 from .recipe import Recipe
@@ -32,17 +34,20 @@ def is_prepared(folder: Path | None) -> bool:
     return folder is not None and (folder / NAME).exists()
 
 
-def open_manifest(folder: Path) -> Manifest:
+def open_manifest(folder: Path, columns: Sequence[str] = FOR_RUNS) -> Manifest:
     """What a run needs of the manifest that the first rank has seen; network disks show it to others later."""
     for _ in range(60):
         if is_prepared(folder):
             break
         time.sleep(1)
-    return read_manifest(folder, FOR_RUNS)
+    return read_manifest(folder, columns)
 
 
-def list_data(data: Path | None, numbers: Data) -> Listing:
+def list_data(data: Path | None, numbers: Data, labels: Path | None = None) -> Listing:
     """The volumes below a folder, or in an index; None for the demo's.
+
+    Args:
+        labels: folder of their label maps; volumes without one are left out then.
 
     Raises:
         ValueError: if there are none.
@@ -52,18 +57,20 @@ def list_data(data: Path | None, numbers: Data) -> Listing:
     if (data / JOURNALS).is_dir() and (data / "volumes").is_dir():
         raise ValueError(f"--data {data} is not complete: run prepare_data.py again, all shards, until it is")
     try:
-        return find_sources(data, numbers.include, numbers.exclude)
+        listing = find_sources(data, numbers.include, numbers.exclude, labels)
+        return only_labelled(listing) if labels else listing
     except ValueError as error:
         raise ValueError(f"--data {error}") from None
 
 
-def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool) -> Path:
+def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool, labels: Path | None = None) -> Path:
     """The folder with the manifest to train on: `data`, if it is one; else `folder`, where `data` is prepared.
 
     Args:
         data: raw volumes, or a folder of `prepare_data.py`; None for the demo's.
         folder: of volumes that runs prepare themselves.
         resumes: what was once prepared is taken as it is, whether its source has changed or is gone.
+        labels: folder of the label maps of raw volumes.
 
     Raises:
         ValueError: if too many files cannot be used, or they were prepared for another recipe.
@@ -71,7 +78,7 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
     if is_prepared(data):
         folder = data
     elif not (resumes and is_prepared(folder)):
-        _prepare(data, folder, recipe)
+        _prepare(data, folder, recipe, labels)
     manifest = read_manifest(folder, FOR_RUNS)
     raw = None if data is None or is_prepared(data) or is_streamed(str(data)) else data.absolute()
     if resumes and raw and manifest.root and Path(manifest.root) not in (raw, raw.parent):  # the latter of an index
@@ -85,7 +92,7 @@ def prepare_data(data: Path | None, folder: Path, recipe: Recipe, resumes: bool)
     return folder
 
 
-def _prepare(data: Path | None, folder: Path, recipe: Recipe) -> None:
+def _prepare(data: Path | None, folder: Path, recipe: Recipe, labels: Path | None) -> None:
     how, workers = preparation(recipe.data), joblib.cpu_count()
     if data is not None and is_streamed(str(data)):
         from data.hub import open_dataset  # imports pandas, and much else
@@ -93,8 +100,10 @@ def _prepare(data: Path | None, folder: Path, recipe: Recipe) -> None:
         dataset = open_dataset(str(data), recipe.data.include, recipe.data.exclude)
         left = prepare_streamed(dataset, Job(folder, dataset.root, how), workers)
     else:
-        listing = list_data(data, recipe.data)
-        left = prepare_folder(listing, Job(folder, listing.root, how), workers)
+        listing = list_data(data, recipe.data, labels)
+        if labels:
+            keep_classes(listing.root, labels, folder)
+        left = prepare_folder(listing, Job(folder, listing.root, how, labels=labels), workers)
     assert not left
 
 

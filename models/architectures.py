@@ -37,7 +37,8 @@ class Architecture(NamedTuple):
     segmentation: type[SegmentationModel] | None  # the model with a decoder; None: it cannot be fine-tuned to segment
     section: type[ModelSection]  # of a recipe: its numbers, what they ask of a crop, stride of the dense features
     student: Callable[..., nn.Module]  # (encoder, section, mask ratio, reconstructs=, dense=, pooled=)
-    dense: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]  # see `dense_features`
+    dense: Callable[[PreTrainedModel, torch.Tensor, int | None], torch.Tensor]  # see `dense_features`
+    unit: Callable[[PretrainedConfig], tuple[int, ...]]  # voxels that must divide a crop, along each axis
     feature_map: Callable[[PretrainedConfig], FeatureMap]
     hides: str  # what a mask hides, in the plural
     input_weight: str  # the kernels that read the voxels
@@ -62,6 +63,7 @@ ARCHITECTURES = {
             feature_decoder_heads=section.feature_decoder_heads,
         ),
         dense=primus_features,
+        unit=lambda config: tuple(config.patch_size),
         feature_map=lambda config: FeatureMap(config.stage_names[-1], config.hidden_size, config.patch_size[0]),
         hides="tokens",
         input_weight="patch_embed.weight",
@@ -78,6 +80,7 @@ ARCHITECTURES = {
         section=ResEnc,
         student=lambda encoder, section, mask_ratio, **wanted: MaskedResEnc(encoder, **wanted),
         dense=resenc_features,
+        unit=lambda config: (math.prod(config.strides),) * 3,
         feature_map=lambda config: _middle_stage(config),
         hides="blocks",
         input_weight="stem.conv.weight",
@@ -137,6 +140,10 @@ def fine_tuned(numbers: dict) -> str | None:
     return name if name in [row.segmentation.__name__ for row in ARCHITECTURES.values() if row.segmentation] else None
 
 
-def dense_features(encoder: PreTrainedModel, views: torch.Tensor) -> torch.Tensor:
-    """What an encoder makes of unmasked crops `[B, C, X, Y, Z]`, without anything of pretraining: `[B, D, x, y, z]`."""
-    return architecture(encoder.config.model_type).dense(encoder, views)
+def dense_features(encoder: PreTrainedModel, views: torch.Tensor, stride: int | None = None) -> torch.Tensor:
+    """What an encoder makes of unmasked crops `[B, C, X, Y, Z]`, without anything of pretraining: `[B, D, x, y, z]`.
+
+    Args:
+        stride: voxels a cell and axis; None for the architecture's own.
+    """
+    return architecture(encoder.config.model_type).dense(encoder, views, stride)

@@ -12,15 +12,20 @@ DENSE_STRIDE = (
 )
 
 
-def primus_features(encoder: PrimusModel, views: torch.Tensor) -> torch.Tensor:
+def primus_features(encoder: PrimusModel, views: torch.Tensor, stride: int | None = None) -> torch.Tensor:
     """The tokens of unmasked crops `[B, C, X, Y, Z]` as a map `[B, D, x, y, z]`."""
     grid_size = [size // patch for size, patch in zip(views.shape[2:], encoder.config.patch_size)]
-    return tokens_to_map(encoder(views).last_hidden_state, grid_size)
+    return at_stride(tokens_to_map(encoder(views).last_hidden_state, grid_size), views, stride)
 
 
-def resenc_features(encoder: ResEncModel, views: torch.Tensor) -> torch.Tensor:
+def resenc_features(encoder: ResEncModel, views: torch.Tensor, stride: int | None = None) -> torch.Tensor:
     """All stages of unmasked crops `[B, C, X, Y, Z]` as one map `[B, D, x, y, z]`."""
-    return join_stages(encoder(views, output_hidden_states=True).hidden_states)
+    return join_stages(encoder(views, output_hidden_states=True).hidden_states, stride or DENSE_STRIDE)
+
+
+def at_stride(dense: torch.Tensor, views: torch.Tensor, stride: int | None) -> torch.Tensor:
+    """A feature map of crops `[B, C, X, Y, Z]` brought to `stride` voxels a cell; as it is if that is None."""
+    return dense if stride is None else _resize(dense, [size // stride for size in views.shape[2:]])
 
 
 def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, ...]) -> torch.Tensor:
@@ -29,9 +34,9 @@ def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, ...]) -> torch.Ten
     return rearrange(tokens, "b (x y z) c -> b c x y z", x=x, y=y, z=z)
 
 
-def join_stages(stages: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def join_stages(stages: tuple[torch.Tensor, ...], stride: int = DENSE_STRIDE) -> torch.Tensor:
     """Feature maps of all stages of a ResEnc, the first of the crop's size -> one map `[B, D, x, y, z]`."""
-    grid_size = [size // DENSE_STRIDE for size in stages[0].shape[2:]]
+    grid_size = [size // stride for size in stages[0].shape[2:]]
     return torch.cat([_resize(stage, grid_size) for stage in stages], dim=1)
 
 

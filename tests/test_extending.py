@@ -21,7 +21,19 @@ from training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-ROOMS = ("models", "losses", "data", "training", "planning", "pictures", "recipes", "ds_configs", "benchmarks", "tests")
+ROOMS = (
+    "models",
+    "losses",
+    "data",
+    "training",
+    "planning",
+    "evaluation",
+    "pictures",
+    "recipes",
+    "ds_configs",
+    "benchmarks",
+    "tests",
+)
 COMMON = [number for number in TINY if not number.startswith(("model", "heads.", "views.cells"))]
 PLAIN = ["model={architecture: plain, hidden_size: 12}", "views.cells=[3,3,3]"]
 BRIGHT = [number for number in TINY if not number.startswith(("heads.", "teacher", "views.cells"))]

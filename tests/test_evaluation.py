@@ -1,0 +1,219 @@
+"""What a frozen encoder is worth: scores, probes, retrieval, spread; against slow, obvious code and planted truths."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion
+from scipy.spatial.distance import cdist
+
+from evaluation import dense_probe, scores
+from evaluation.dense_probe import Case, class_shares, dense_cells, knn_probe, linear_probe, place_cells, raw_cells
+from evaluation.scores import dice, segmentation_scores
+from models import build_encoder
+
+SPACING = (1.0, 2.0, 0.5)
+
+
+def ball(shape, centre, radius) -> torch.Tensor:
+    grid = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"), dim=-1)
+    return ((grid - torch.tensor(centre)).norm(dim=-1) <= radius).long()
+
+
+def test_dice_is_that_of_sets():
+    generator = torch.Generator().manual_seed(0)
+    true, predicted = (torch.randint(0, 4, (7, 8, 9), generator=generator) for _ in range(2))
+    for label, value in enumerate(dice(predicted, true, 4).tolist(), start=1):
+        both = ((true == label) & (predicted == label)).sum()
+        assert value == pytest.approx(float(2 * both / ((true == label).sum() + (predicted == label).sum())))
+
+
+def test_surface_scores_are_in_mm():
+    true, predicted = ball((20, 16, 24), (9.0, 8.0, 11.0), 5), ball((20, 16, 24), (11.0, 8.0, 11.0), 5)
+    found = segmentation_scores(predicted, true, 2, SPACING, tolerance=1.0)
+    edges = [
+        np.argwhere(mask & ~binary_erosion(mask)) * SPACING for mask in (true.bool().numpy(), predicted.bool().numpy())
+    ]
+    far = cdist(*edges)
+    expected = max(np.percentile(far.min(axis), 95) for axis in (0, 1))
+    assert float(found["hd95"]) == pytest.approx(expected, abs=1e-4)
+    same = segmentation_scores(true, true, 2, SPACING)
+    assert [float(same[name]) for name in ("dice", "nsd", "hd95")] == [1.0, 1.0, 0.0]
+    assert float(segmentation_scores(predicted, true, 2, SPACING, tolerance=2.01)["nsd"]) == 1.0  # the shift in mm
+    assert float(found["nsd"]) < 0.95
+    touching = torch.zeros(20, 16, 24, dtype=torch.long)
+    touching[:5] = 1  # a structure that ends with the image
+    assert float(segmentation_scores(touching, touching, 2, SPACING)["nsd"]) == 1.0
+
+
+def test_what_is_not_there_has_no_score_and_what_is_missed_the_worst():
+    true, predicted = torch.zeros(8, 8, 8, dtype=torch.long), torch.zeros(8, 8, 8, dtype=torch.long)
+    true[2:4], predicted[5:6] = 1, 2  # 1 missed, 2 invented, 3 nowhere
+    found = segmentation_scores(predicted, true, 4, SPACING)
+    diagonal = math.dist((0, 0, 0), np.multiply(SPACING, 8))
+    worst = {"dice": 0.0, "nsd": 0.0, "hd95": diagonal}
+    for name, values in found.items():
+        assert values[:2].tolist() == pytest.approx([worst[name]] * 2)
+        assert values[2].isnan()
+    with pytest.raises(ValueError, match="no score"):
+        segmentation_scores(predicted[1:], true, 4, SPACING)
+
+
+def test_an_interval_has_the_mean_and_narrows_with_cases():
+    values = np.random.default_rng(0).normal(0.7, 0.1, 400)
+    few, many = scores.mean_over_cases(values[:25]), scores.mean_over_cases([*values, float("nan")])
+    assert many.value == pytest.approx(values.mean())
+    assert many.high - many.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert few.high - few.low > 2 * (many.high - many.low)
+    assert scores.mean_over_cases(values) == scores.mean_over_cases(values)
+    assert math.isnan(scores.mean_over_cases([float("nan")]).value)
+
+
+def test_a_difference_is_told_from_none():
+    rng = np.random.default_rng(0)
+    first = rng.normal(0.7, 0.1, 40)
+    assert scores.paired_test(first, first + rng.normal(0.05, 0.02, 40)) < 1e-3
+    assert scores.paired_test(first, first) == 1.0
+    false = [scores.paired_test(first, first + rng.normal(0, 0.1, 40), seed) < 0.05 for seed in range(100)]
+    assert np.mean(false) < 0.15
+    with pytest.raises(ValueError, match="same ones"):
+        scores.paired_test(first, first[1:])
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    found = scores.holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
+    assert found == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.9})
+    assert list(found) == ["a", "b", "c", "d"]
+
+
+def test_scores_of_whole_volumes(monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS_OF_METRICS", 50)
+    classes = np.array([0] * 30 + [1] * 10)
+    chance = scores.classification_scores(np.tile([0.9, 0.1], (40, 1)), classes)
+    assert chance["balanced_accuracy"].value == chance["auroc"].value == 0.5
+    assert chance["ap"].value == 0.25
+    perfect = scores.classification_scores(np.eye(3)[np.arange(30) % 3], np.arange(30) % 3)
+    assert all(found == (1.0, 1.0, 1.0) for found in perfect.values())
+    age = np.linspace(20, 80, 31)
+    found = scores.regression_scores(age + 3, age)
+    assert found["mae"] == pytest.approx((3, 3, 3))
+    assert scores.regression_scores(np.full(31, 50.0), age)["r2"].value == pytest.approx(0)
+
+
+def structures(seed: int, shape=(34, 30, 27)) -> torch.Tensor:
+    """Two structures at random places, larger than a cell."""
+    rng = np.random.default_rng(seed)
+    labels = ball(shape, rng.uniform(8, 12, 3), 6)
+    return torch.where(ball(shape, (shape[0] - 10.0, *rng.uniform(10, 18, 2)), 7).bool(), 2, labels)
+
+
+def planted(seed: int, noise: float, channels=12) -> Case:
+    """Features in which the shares of the classes are linear, in directions that all volumes share."""
+    labels = structures(seed)
+    directions = torch.randn(channels, 3, generator=torch.Generator().manual_seed(0))
+    shares = torch.einsum("dk,kxyz->dxyz", directions, class_shares(labels, 4, 3))
+    return Case(shares + noise * torch.randn(shares.shape, generator=torch.Generator().manual_seed(seed)), labels, 4)
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe])
+@pytest.mark.parametrize("labelled", [1, 3])
+def test_a_probe_finds_what_is_there_and_nothing_in_noise(probe, labelled):
+    train, test = ([planted(seed, 0.2) for seed in seeds] for seeds in (range(labelled), (20, 21)))
+    predicted = probe(train, test, 3)
+    assert [labels.shape for labels in predicted] == [case.labels.shape for case in test]
+    assert min(float(dice(found, case.labels, 3).min()) for found, case in zip(predicted, test)) > 0.8
+    noise = [[case._replace(cells=torch.randn_like(case.cells)) for case in cases] for cases in (train, test)]
+    found = torch.stack([dice(labels, case.labels, 3) for labels, case in zip(probe(*noise, 3), test)])
+    assert float(found.mean()) < 0.35
+    assert all(torch.equal(a, b) for a, b in zip(predicted, probe(train, test, 3)))
+
+
+def test_a_useless_channel_a_scale_or_an_offset_changes_little():
+    train, test = ([planted(seed, 0.2) for seed in seeds] for seeds in ((0, 1, 2), (20,)))
+    other = [
+        [c._replace(cells=torch.cat((1e4 + 1e3 * c.cells, torch.full_like(c.cells[:1], 7.0)))) for c in cases]
+        for cases in (train, test)
+    ]
+    (one,), (two,) = linear_probe(train, test, 3), linear_probe(*other, 3)
+    assert (one == two).float().mean() > 0.99
+
+
+def test_the_regression_is_at_its_minimum():
+    """Against autograd: the gradient of the penalised error vanishes."""
+    case = planted(0, 1.0)
+    rows, targets = case.rows(), case.shares(3)
+    rows = (rows - rows.mean(0)) / rows.std(0, correction=0)
+    weights, left_out = dense_probe.fit_logistic(rows, targets, [len(rows)])
+    weights.requires_grad_()
+    error = torch.nn.functional.cross_entropy(rows @ weights[:-1] + weights[-1], targets)
+    error = error + dense_probe.STRENGTH_OF_ONE / 2 * weights[:-1].square().sum()
+    (gradient,) = torch.autograd.grad(error, weights)
+    assert left_out is None
+    assert gradient.abs().max() < 1e-3
+
+
+def test_cells_lie_where_their_voxels_are():
+    """Coordinate fields: a cell's mean is its centre, and interpolation brings back each voxel's own coordinate."""
+    shape, stride = (24, 20, 14), 4
+    field = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"))
+    cells = raw_cells(field, stride)[13 * 6 : 13 * 6 + 3]  # the means of the middle one of 27 neighbours
+    assert cells.shape == (3, 6, 5, 4)
+    assert cells[:, 2, 1, 0].tolist() == [9.5, 5.5, 1.5]
+    assert float(cells[2, 0, 0, 3]) == 12.5  # the last cell has two voxels alone
+    voxels = dense_probe.to_voxels(cells[:2], stride, shape)
+    inner = (slice(None), slice(2, -2), slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(voxels[inner], field[:2][inner])
+    place = place_cells(field, stride)
+    torch.testing.assert_close(
+        place[:2] * torch.tensor([24, 20]).view(2, 1, 1, 1) + 0.0,
+        cells[:2] - torch.tensor([11.5, 9.5]).view(2, 1, 1, 1),
+    )
+
+
+def test_shares_of_classes_are_those_of_the_voxels_that_are_there():
+    labels = structures(0)
+    shares = class_shares(labels, 4, 3)
+    torch.testing.assert_close(shares.sum(0), torch.ones(shares.shape[1:]))
+    x, y, z = 8, 3, 6  # the last of two axes: 2 and 3 voxels
+    part = labels[4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 4 * z : 4 * z + 4]
+    assert part.shape == (2, 4, 3)
+    torch.testing.assert_close(shares[:, x, y, z], torch.bincount(part.flatten(), minlength=3) / part.numel())
+
+
+TINY = {
+    "primus": {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": (4, 4, 4)},
+    "resenc": {"hidden_sizes": [4, 6, 8, 8], "strides": [1, 2, 2, 2], "depths": [1, 1, 1, 1]},
+}
+
+
+def tiny(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_encoder(name, (16, 16, 16), {}, **TINY[name]).eval()
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("stride", [4, 8])
+def test_dense_cells_of_any_size_lie_where_their_voxels_are(name, stride):
+    encoder, volume = tiny(name), torch.zeros(1, 33, 18, 24)
+    changed = volume.clone()
+    changed[..., 24 : 24 + stride, 8 : 8 + stride, 16 : 16 + stride] = 5.0
+    before, after = (dense_cells(encoder, v, stride) for v in (volume, changed))
+    assert before.shape[1:] == tuple(-(-n // stride) for n in (33, 18, 24))
+    far = (after - before).abs().sum(0)
+    assert np.unravel_index(int(far.argmax()), far.shape) == (24 // stride, 8 // stride, 16 // stride)
+
+
+def test_larger_budgets_have_the_volumes_of_smaller_ones():
+    pool, test, seen = [planted(seed, 0.2) for seed in range(4)], [planted(20, 0.2)], []
+
+    def probe(train, test, classes):
+        seen.append([id(case) for case in train])
+        return [case.labels for case in test]
+
+    found = dense_probe.probe_by_budget(probe, pool, test, 3, (1, 3), draws=2)
+    assert {budget: values.shape for budget, values in found.items()} == {1: (2, 1, 2), 3: (2, 1, 2)}
+    assert (found[3] == 1).all()
+    assert [numbers[0] for numbers in seen[2:]] == [numbers[0] for numbers in seen[:2]]
+    with pytest.raises(ValueError, match="5 labelled volumes"):
+        dense_probe.probe_by_budget(probe, pool, test, 3, (5,), draws=1)

@@ -1,7 +1,14 @@
 """The volume of the demo: the MNI152 T1 template at 1 mm (197 x 233 x 189) that the nilearn package ships."""
 
+import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from .files import write_whole
 
 
 def demo_volume() -> Path:
@@ -19,3 +26,22 @@ def demo_volume() -> Path:
     if path is None or not path.is_file():
         raise FileNotFoundError("the demo volume is missing: pip install 'nilearn>=0.10', or pass --data FOLDER")
     return path
+
+
+def demo_labelled(folder: Path) -> None:
+    """Fill a folder with the demo's volume and a map of its grey and white matter, where they are likelier than not.
+
+    The map is made of the tissue probabilities of the same template, which nilearn ships beside it.
+    """
+    volume, names = demo_volume(), {"background": 0, "grey_matter": 1, "white_matter": 2}
+    files = [volume.with_name(volume.name.replace("_t1_", f"_{tissue}_")) for tissue in ("gm", "wm")]
+    grey, white = (np.asanyarray(nib.load(file).dataobj).astype(float) for file in files)
+    most = max(grey.max(), white.max())  # of 8 bits
+    labels = np.where(np.maximum(grey, white) > most / 2, np.where(white > grey, 2, 1), 0).astype(np.uint8)
+    for name, fill in {
+        "images/mni152.nii.gz": lambda file: shutil.copy(volume, file),
+        "labels/mni152.nii": lambda file: file.write_bytes(nib.Nifti1Image(labels, nib.load(volume).affine).to_bytes()),
+        "dataset.json": lambda file: file.write_text(json.dumps({"labels": names})),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, fill)

@@ -105,13 +105,7 @@ def classes_of(manifest: Manifest, rows: Sequence[int]) -> Classes:
     if not (manifest.folder / CLASSES).exists():
         return _classes({value: str(value) for value in found})
     classes = read_classes(manifest.folder / CLASSES)
-    if unknown := sorted(set(found) - set(classes.values)):
-        is_in = [unknown[0] in values for values in volumes["label_values"].to_pylist()]
-        first = volumes["source"][is_in.index(True)]
-        raise ValueError(
-            f"label {unknown[0]} of {first} is not one of dataset.json ({', '.join(map(str, classes.values))}): "
-            "name it there or mend the map, and prepare again"
-        )
+    check_labels(manifest, rows, classes)
     return classes
 
 
@@ -186,3 +180,16 @@ def _classes(names: Mapping[int, str]) -> Classes:
     names = {BACKGROUND: "background", **names}
     values = tuple(sorted(names))
     return Classes(tuple(names[value] for value in values), values)
+
+
+def check_labels(manifest: Manifest, rows: Sequence[int], classes: Classes) -> None:
+    """Raise ValueError if a map has a label that is none of the classes."""
+    volumes = manifest.volumes.take(pa.array(rows))
+    found = pc.unique(pc.list_flatten(volumes["label_values"])).to_pylist()
+    if unknown := sorted(set(found) - set(classes.values)):
+        is_in = [unknown[0] in values for values in volumes["label_values"].to_pylist()]
+        first = volumes["source"][is_in.index(True)]
+        raise ValueError(
+            f"label {unknown[0]} of {first} is none of the classes ({', '.join(map(str, classes.values))}): "
+            "name it in dataset.json (or data.classes), or mend the map, and prepare again"
+        )

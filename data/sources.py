@@ -84,7 +84,7 @@ def find_sources(
         raise ValueError(f"{source}: no .nii or .nii.gz file in it or below it; convert DICOM with dcm2niix first")
     sources, left_out = choose(found, left_out, include, exclude, str(source))
     if labels:
-        sources = _with_labels(sources, labels)
+        sources = with_labels(sources, labels)
         if not any(one.label for one in sources):
             raise ValueError(f"{labels}: no file has the name of a volume of {source}; is it the folder of its labels?")
     return Listing(root, sorted(sources), sorted(left_out))
@@ -245,7 +245,7 @@ def _entity(parts: list[str], key: str) -> str:
     return next((part[4:] for part in parts if part.startswith((f"{key}-", f"{key}_")) and part[4:]), "")
 
 
-def _with_labels(sources: list[Source], labels: Path) -> list[Source]:
+def with_labels(sources: list[Source], labels: Path) -> list[Source]:
     by_path = {_stem(path): path for path in sorted(_walk(labels)[0]) if "/." not in f"/{path}"}
     twice = Counter(map(_name, by_path))
     by_name = {_name(stem): path for stem, path in by_path.items() if twice[_name(stem)] == 1}

@@ -1,5 +1,6 @@
 """Fine-tuning to segment: what is computed of labelled crops."""
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +10,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import segmentation_class
 from .modeling_segmentation import SegmentationModel
 from .pretraining import Pretraining
+
+LAYER = re.compile(r"student\.features\.encoder\.(?:transformer\.blocks|stages)\.(\d+)\.")
+FIRST = re.compile(r"student\.features\.encoder\.(?!transformer\.norm\.)")  # what is no block
+LAST = 10**6  # deeper than any layer
 
 
 class SegmentationStudent(nn.Module):
@@ -37,6 +42,8 @@ class Segmentation(Pretraining):
         model: a row's `segmentation`; its parts are trained, no copy of them.
         objective, terms, precision: see `Pretraining`.
         frozen: train the decoder alone, on what the encoder makes of the crops in evaluation mode.
+        layer_decay: factor of the learning rate from each block or stage of the encoder to the one before it (Bao et
+            al. 2022, BEiT, arXiv:2106.08254); 1 for the same rate everywhere.
     """
 
     def __init__(
@@ -46,9 +53,10 @@ class Segmentation(Pretraining):
         terms: Mapping[str, float],
         precision: str = "fp32",
         frozen: bool = False,
+        layer_decay: float = 1.0,
     ):
         super().__init__(SegmentationStudent(model), objective, terms, precision)
-        self.frozen = frozen
+        self.frozen, self.layer_decay = frozen, layer_decay
         if frozen:
             self.student.features.encoder.requires_grad_(False)
 
@@ -57,6 +65,19 @@ class Segmentation(Pretraining):
         if self.frozen:
             self.student.features.encoder.eval()
         return self
+
+    def parameter_groups(self) -> list[dict]:
+        """One group a depth: what reads the voxels, each block or stage of the encoder, what comes after."""
+        if self.layer_decay == 1.0:
+            return super().parameter_groups()
+        groups: dict[int, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                layer, comes_first = LAYER.match(name), FIRST.match(name)
+                depth = 1 + int(layer[1]) if layer else 0 if comes_first else LAST
+                groups.setdefault(depth, []).append(parameter)
+        depths = sorted(groups, reverse=True)
+        return [{"params": groups[d], "lr_scale": self.layer_decay**n} for n, d in enumerate(depths)]
 
     def forward(self, *, gradient_norms: bool = False, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """As in `Pretraining`; no gradient enters a frozen encoder, so there are no norms of it."""

@@ -55,7 +55,8 @@ def noise_batch(
         build_stream, make_batch: of the script.
     """
     noise = np.random.default_rng(0).normal(size=(recipe.data.num_channels, *recipe.views.crop_size))
-    stream = build_stream([HeldVolume(noise.astype(np.float32))], recipe)
+    labels = np.zeros(recipe.views.crop_size, np.uint8)
+    stream = build_stream([HeldVolume(noise.astype(np.float32), labels=labels)], recipe)
     return make_batch(stack_views([stream[i] for i in range(volumes)]), torch.device(device), recipe)
 
 

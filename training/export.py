@@ -47,23 +47,37 @@ def for_use(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def write_encoder(encoder: PreTrainedModel, facts: dict, card: str, folder: Path) -> None:
-    """Fill a folder that `AutoModel` and `AutoImageProcessor` read with `trust_remote_code=True`.
+    """See `write_model`; for `AutoModel`."""
+    write_model(encoder, "AutoModel", FACTS, facts, card, folder)
+
+
+def write_model(model: PreTrainedModel, auto: str, file: str, facts: dict, card: str, folder: Path) -> None:
+    """Fill a folder that transformers reads with `trust_remote_code=True`.
 
     Args:
-        facts: what is known of the pretraining; see `model_card`.
+        auto: its class for such models; `AutoImageProcessor` is for what prepares volumes.
+        file: where the facts go, what is known of the training; see `model_card`.
         card: text of the model card.
     """
-    type(encoder.config).register_for_auto_class()
-    type(encoder).register_for_auto_class("AutoModel")
+    type(model.config).register_for_auto_class()
+    type(model).register_for_auto_class(auto)
     VolumeImageProcessor.register_for_auto_class("AutoImageProcessor")
     logging.disable_progress_bar()
-    encoder.save_pretrained(folder)
+    model.save_pretrained(folder)
     logging.enable_progress_bar()
-    processor(encoder.config).save_pretrained(folder)
-    (folder / FACTS).write_text(json.dumps(facts, indent=1))
-    (folder / ENCODER_WEIGHTS).chmod((folder / FACTS).stat().st_mode)  # safetensors lets nobody else read it
+    processor(model.config).save_pretrained(folder)
+    (folder / file).write_text(json.dumps(facts, indent=1))
+    (folder / ENCODER_WEIGHTS).chmod((folder / file).stat().st_mode)  # safetensors lets nobody else read it
     ModelCard(card).save(folder / "README.md")
     shutil.copy(LICENSE, folder)
+
+
+def gather_weights(run: Run) -> dict[str, torch.Tensor] | None:
+    """The composite's full state dict on the CPU of the main rank, None on the others; all ranks make the call."""
+    weights = run.accelerator.get_state_dict(run.wrapped)
+    if not run.is_main:
+        return None
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
 
 
 def export_run(
@@ -86,10 +100,8 @@ def export_run(
     """
     if not run.export_is_due:
         return
-    weights = run.accelerator.get_state_dict(run.wrapped)
-    if not run.is_main:
+    if (weights := gather_weights(run)) is None:
         return
-    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
     encoder = run.model.student.features.encoder
     with torch.random.fork_rng(devices=[]):  # the run's random numbers must not depend on when it exports
         student = type(encoder)(for_use(encoder.config))

@@ -31,6 +31,7 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
         help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
         "or ORG/NAME[@REVISION] of the Hub",
     )
+    parser.set_defaults(labels=None)  # of others
     return parser.parse_intermixed_args(arguments)
 
 
@@ -69,6 +70,7 @@ class Launch:
     prepared: Path
     data: Path | None  # None: the demo's volume
     streams: bool  # data is read while training
+    labels: Path | None  # folder of label maps
     data_description: str | None
     init_from: str | None
     token_order: str | None
@@ -116,6 +118,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         arguments.prepared or folder.prepared,
         arguments.data,
         arguments.stream,
+        arguments.labels,
         arguments.data_description or (None if arguments.data else DEMO_VOLUME),
         arguments.init_from,
         arguments.init_token_order,

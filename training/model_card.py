@@ -39,13 +39,13 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
         f"pretrained without labels{learned}.",
         _use(encoder, where),
         nnunet,
-        _preparation(config.preprocessing),
+        preparation_section(config.preprocessing),
         _training(facts),
         f"""## Intended use and limits
 
 For research: features, fine-tuning for segmentation, classification or regression of volumes like those it was trained
 on: {described}. Not a medical device, and not evaluated for any clinical decision. It was trained on crops of
-{_times(size)} voxels, prepared as said above; other modalities and body parts, and volumes prepared otherwise, are
+{times(size)} voxels, prepared as said above; other modalities and body parts, and volumes prepared otherwise, are
 outside what it has seen.""",
         f"""## Licence
 
@@ -105,11 +105,11 @@ with torch.no_grad():
     logits = sliding_window_inference(volume, {roi}, 1, segment)  # [1, 2, X, Y, Z]
 ```
 
-Other sizes than {_times(roi)} work if they divide by the encoder's cells; `encoder.resize_input_channels(n)` makes it
+Other sizes than {times(roi)} work if they divide by the encoder's cells; `encoder.resize_input_channels(n)` makes it
 read n channels."""
 
 
-def _preparation(steps: dict) -> str:
+def preparation_section(steps: dict) -> str:
     intensity, of_ct = rules_of(steps)
     crop, scale, padding = steps_of(intensity)
     of_cts = steps_of(of_ct) if of_ct else ""
@@ -120,7 +120,7 @@ def _preparation(steps: dict) -> str:
     resample = (
         "Every volume keeps its own voxel size, none is resampled"
         if native
-        else (f"Resample to {_times(steps['spacing'])} mm; {steps['interpolation']}")
+        else (f"Resample to {times(steps['spacing'])} mm; {steps['interpolation']}")
     )
     last = "; their last axis lies along the coarsest axis of the volume" if steps.get("coarsest_last") else ""
     missing = "; a channel that is missing is 0" if channels else ""
@@ -132,7 +132,7 @@ The processor does this, in this order, with the code that prepared the training
 2. Crop to {crop}{together}.
 3. {scale[0].upper()}{scale[1:]}.
 4. {resample}.
-5. Crop to {_times(steps["crop_size"])} voxels{last}; pad with {padding}{missing}.{cts}"""
+5. Crop to {times(steps["crop_size"])} voxels{last}; pad with {padding}{missing}.{cts}"""
 
 
 def _training(facts: dict) -> str:
@@ -221,5 +221,5 @@ def _dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _times(numbers: tuple[float, ...]) -> str:
+def times(numbers: tuple[float, ...]) -> str:
     return " x ".join(f"{n:g}" for n in numbers)

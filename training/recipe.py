@@ -3,6 +3,7 @@
 import difflib
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -10,6 +11,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.files import write_whole
+from data.manifest import FOR_RUNS, Manifest
+from data.split import Split, split_by_subject
 from models import ARCHITECTURES, architecture
 from models.section import Section
 
@@ -49,6 +52,15 @@ class Recipe(Section):
     def uses_frames(self) -> bool:
         """Whether samples depend on the frames that patients share (`data/frames.py`)."""
         return False
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Of a manifest, those that a run reads."""
+        return FOR_RUNS
+
+    def split(self, manifest: Manifest) -> Split:
+        """Which of the volumes are trained on."""
+        return split_by_subject(manifest, self.data.validation_share, self.data.leave_out)
 
     @property
     def hidden(self) -> str:
@@ -95,6 +107,15 @@ class PretrainingRecipe(Recipe):
     @property
     def _blocks(self) -> int:
         return math.prod(self.views.crop_size) // self.mask.block**3
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Of a manifest, those that a run reads."""
+        return FOR_RUNS
+
+    def split(self, manifest: Manifest) -> Split:
+        """Which of the volumes are trained on."""
+        return split_by_subject(manifest, self.data.validation_share, self.data.leave_out)
 
     @property
     def hidden(self) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from data.rows import subject_of
-from data.split import is_left_out, split_by_subject
+from data.split import is_left_out
 from data.store import PreparedVolumes
 
 from .launch import Launch
@@ -21,6 +21,7 @@ from .summary import say_what_is_trained_on
 class RunData(NamedTuple):
     volumes: Sequence  # for the script's stream; [None] where streamed, since lanes choose among theirs
     validation: PreparedVolumes | None
+    left_out: PreparedVolumes | None
     streamed: StreamedData | None
     spacing: tuple[float, ...] | list[float] | str  # mm of a voxel, or "native"
     facts: dict  # for RunFacts
@@ -36,18 +37,18 @@ def open_data(
     """
     if launch.streams:
         return _open_stream(launch, recipe, group, say)
-    prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume)
-    manifest = open_manifest(from_main_rank(group, prepare))
-    split = split_by_subject(manifest, recipe.data.validation_share, recipe.data.leave_out)
+    prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume, launch.labels)
+    manifest = open_manifest(from_main_rank(group, prepare), recipe.columns)
+    split = recipe.split(manifest)
     volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
-    validation = PreparedVolumes(manifest, split.validation) if len(split.validation) else None
+    kept = [PreparedVolumes(manifest, rows) if len(rows) else None for rows in (split.validation, split.left_out)]
     say_what_is_trained_on(split, volumes, say)
     data = manifest.fingerprint()
     if recipe.uses_frames:
         say(f"frames      {volumes.frames.words()}")
         data = f"{data} {volumes.frames.fingerprint()}"
     facts = {"data": data, "volumes": len(volumes), "validation_subjects": split.subjects[1]}
-    return RunData(volumes, validation, None, volumes.spacing, facts)
+    return RunData(volumes, *kept, None, volumes.spacing, facts)
 
 
 def _open_stream(
@@ -67,4 +68,4 @@ def _open_stream(
     say(f"stream      {streamed.words()}")
     say("            none are kept for validation: held out are other crops of the first volumes")
     facts = {"data": streamed.fingerprint(), "volumes": None, "validation_subjects": 0}
-    return RunData([None], None, streamed, recipe.data.spacing, facts)
+    return RunData([None], None, None, streamed, recipe.data.spacing, facts)

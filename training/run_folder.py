@@ -25,6 +25,8 @@ class RunFolder:
         self.held_out = path / "held_out.jsonl"  # losses of samples that are not trained on
         self.checkpoints = path / "checkpoints"
         self.encoder = path / "encoder"  # what `from_pretrained` reads
+        self.model = path / "model"  # what `from_pretrained` reads of a fine-tuning
+        self.scores = path / "scores.json"  # of the same, on whole volumes
         self.weights = path / RUN_WEIGHTS  # student, teacher and heads
         self.report = path / "report"
         self.logs = path / "logs"  # of TensorBoard

@@ -43,5 +43,8 @@ def say_what_came_of_it(run: "Run") -> None:
     waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
     seconds = time.perf_counter() - run.started
     run.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")
-    run.print(f"encoder     {run.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
+    if run.folder.model.is_dir():
+        run.print(f"model       python predict.py {run.folder.model} FOLDER_OR_FILES --output masks")
+    else:
+        run.print(f"encoder     {run.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
     run.print(f"pictures    {run.folder.report}")

@@ -1,0 +1,204 @@
+"""Segment NIfTI volumes with a fine-tuned model: masks in the space, orientation and spacing of each file.
+
+    python predict.py runs/segmentation/model FOLDER_OR_FILES --output masks
+
+MODEL is an OUTPUT of finetune.py, its model/, or a Hub id. Of a folder all volumes below it are taken (label maps and
+the like are left out by their names, as prepare_data.py does), and their paths are kept; a model of several channels
+finds those of a case by the layout of the folder (BIDS, nnU-Net's _0000 and _0001). What is there already is not done
+again; a file that cannot be used is named and the others go on, with exit code 1 at the end.
+
+`--labels FOLDER` also scores the masks against label maps of the same names, into OUTPUT/scores.json.
+"""
+
+import training.shared_cpu  # noqa: F401
+
+# isort: split
+import argparse
+import gzip
+import os
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from data.channels import group_channels
+from data.files import write_whole
+from data.labels import Classes
+from data.normalisation import BadVolume
+from data.placement import Placed, to_source_grid
+from data.sources import Listing, Source, find_sources, is_nifti, with_labels
+from evaluation.cases import Scored, write_scores
+from evaluation.inference import class_probabilities
+from evaluation.scores import segmentation_scores
+from models import load_segmentation
+from models.warm_start import find
+from models.weight_files import read_json
+from training.command_line import DISK_ERRORS, run
+from training.export import processor
+from training.run_folder import RunFolder
+from training.segmentation import FACTS
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder, or ORG/NAME[@REVISION] of the Hub")
+    add("inputs", nargs="+", type=Path, metavar="FOLDER_OR_FILES", help="one folder, or NIfTI files")
+    add("--output", type=Path, required=True, help="folder of the masks")
+    add("--probabilities", action="store_true", help="write the probability of each class, too, as NAME_probabilities")
+    add("--labels", type=Path, help="folder of true label maps, to score the masks")
+    add("--overlap", type=float, help="share of a window that the next one repeats (default: as in its fine-tuning)")
+    mirror = "average over the 8 mirrored copies (default: as in its fine-tuning)"
+    add("--mirror", action=argparse.BooleanOptionalAction, help=mirror)
+    add("--windows", type=int, default=1, help="at once")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+# --------------------------------------------------------------------------- what is predicted
+
+
+def find_cases(inputs: list[Path], channels: list[str]) -> tuple[Path, list[tuple[Source, ...]]]:
+    """The folder that paths start at, and what is predicted together: a volume, or the channels of a case.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    if len(inputs) == 1 and not inputs[0].is_file():
+        listing = find_sources(inputs[0])
+    else:
+        if wrong := [path for path in inputs if not (path.is_file() and is_nifti(path.name))]:
+            raise ValueError(f"{wrong[0]}: no such .nii or .nii.gz file; give one folder, or files")
+        if channels:
+            raise ValueError(f"this model reads {', '.join(channels)} together: give the folder that holds them")
+        paths = [path.absolute() for path in inputs]
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        listing = Listing(root, [Source(path.relative_to(root).as_posix()) for path in sorted(set(paths))], [])
+    groups, left_out = group_channels(listing.sources, channels)
+    for path, reason in left_out:
+        print(f"left out    {path}: {reason}")
+    return listing.root, groups
+
+
+def mask_of(source: Source, folder: Path) -> Path:
+    stem = source.path.removesuffix(".gz").removesuffix(".nii")
+    return folder / f"{stem}.nii.gz"
+
+
+def predict_case(
+    model: PreTrainedModel, images: list[Path], overlap: float, mirror: bool, windows: int
+) -> tuple[torch.Tensor, Placed]:
+    """Probabilities of the classes on the grid of the file, `[K, *shape]`, and where they were computed.
+
+    Args:
+        images: a file, or one for each of the model's channels.
+
+    Raises:
+        BadVolume, OSError: if a file cannot be used.
+    """
+    prepare = processor(model.config)
+    placed = prepare.place(dict(zip(prepare.channels, images)) if prepare.channels else images[0])
+    volume = torch.from_numpy(placed.voxels).to(model.device)
+    found = class_probabilities(model, volume, placed.padding, prepare.crop_size, overlap, mirror, windows)
+    return to_source_grid(found.cpu(), placed), placed
+
+
+def save_image(voxels: np.ndarray, like: Path, file: Path) -> None:
+    """With the place, orientation and spacing of `like`, whole or not at all."""
+    header = nib.load(like).header.copy()
+    header.set_data_dtype(voxels.dtype)
+    header.set_slope_inter(1, 0)
+    image = nib.Nifti1Image(voxels, None, header)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda temporary: temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=3)))
+
+
+def write_prediction(
+    model: PreTrainedModel, values: np.ndarray, images: list[Path], file: Path, probabilities: bool, how: dict
+) -> None:
+    found, _ = predict_case(model, images, **how)
+    if probabilities:
+        stem = file.name.removesuffix(".nii.gz")
+        save_image(found.movedim(0, -1).numpy(), images[0], file.with_name(f"{stem}_probabilities.nii.gz"))
+    save_image(values[found.argmax(dim=0).numpy()], images[0], file)  # last: it is the mark that the case is done
+
+
+# --------------------------------------------------------------------------- the model, and how good it is
+
+
+def load_model(source: str) -> tuple[PreTrainedModel, dict]:
+    """A fine-tuned model, and what is known of its training.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    folder = RunFolder(Path(source)).model
+    if not folder.is_dir():
+        folder = find(source).parent
+    model = load_segmentation(folder)
+    if not (folder / FACTS).is_file():
+        raise ValueError(f"{source}: {FACTS} is missing, which says what its classes are: fine-tune with finetune.py")
+    return model, read_json(folder / FACTS)
+
+
+def score(folder: Path, labels: Path, cases: list[Source], facts: dict, tolerance: float) -> None:
+    """Score masks against label maps of the same names, in the space of the files, into `scores.json`."""
+    names, values = zip(*facts["classes"].items())
+    lookup, scored = Classes(names, values).lookup(), []
+    for source in with_labels(cases, labels):
+        mask = mask_of(source, folder)
+        if not source.label or not mask.exists():
+            continue
+        true, found = nib.load(labels / source.label), nib.load(mask)
+        if true.shape[:3] != found.shape or not np.allclose(true.affine, found.affine, atol=1e-2):
+            print(f"not scored  {source.path}: its label map is on another grid")
+            continue
+        read = lambda one: torch.from_numpy(np.asarray(one.dataobj).reshape(found.shape).astype(np.int64))  # noqa: E731, B023
+        pair = read(found), read(true)
+        if unknown := sorted(set(pair[1].unique().tolist()) - set(values)):
+            print(f"not scored  {source.path}: its label map has {unknown[0]}, which is no class of the model")
+            continue
+        spacing = nib.affines.voxel_sizes(found.affine).tolist()
+        scores = segmentation_scores(lookup[pair[0]], lookup[pair[1]], len(names), spacing, tolerance)
+        scored.append(Scored(source.path, "labelled", {key: value.tolist() for key, value in scores.items()}))
+    if not scored:
+        raise ValueError(f"--labels {labels}: no file there has the name of a volume that was predicted")
+    write_scores(scored, names[1:], tolerance, folder / "scores.json")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    model, facts = load_model(arguments.model)
+    model = model.to(arguments.device).eval()
+    inference, values = facts["recipe"]["inference"], np.array(list(facts["classes"].values()))
+    values = values.astype(np.min_scalar_type(int(values.max())))
+    asked = {"overlap": arguments.overlap, "mirror": arguments.mirror}
+    how = {key: inference[key] if value is None else value for key, value in asked.items()}
+    how |= {"windows": arguments.windows}
+    root, cases = find_cases(arguments.inputs, processor(model.config).channels)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    bad = 0
+    for case in tqdm(cases, desc="predicting", unit="case"):
+        file = mask_of(case[0], arguments.output)
+        if file.exists():
+            continue
+        try:
+            images = [root / one.path for one in case]
+            write_prediction(model, values, images, file, arguments.probabilities, how)
+        except (BadVolume, OSError) as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            bad += 1
+            tqdm.write(f"left out    {case[0].path}: {error}")
+    print(f"masks       {len(cases) - bad} of {len(cases)} in {arguments.output}")
+    if arguments.labels:
+        score(arguments.output, arguments.labels, [case[0] for case in cases], facts, inference["tolerance"])
+    if bad:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(__file__, lambda: main(parse_arguments()))

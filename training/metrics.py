@@ -57,7 +57,7 @@ class Metrics:
         self.bar = tqdm(
             total=recipe.train.steps,
             initial=first_step,
-            desc="pretraining",
+            desc="training",
             unit="step",
             disable=not accelerator.is_main_process,
         )

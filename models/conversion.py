@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import ARCHITECTURES, architecture, names_in_nnunet
 
@@ -19,7 +19,7 @@ def reference_names(name: str, config: PretrainedConfig) -> list[str]:
     """What the reference calls one of our tensors; several names if it registers the tensor several times.
 
     Args:
-        name: of the encoder's state dict, or of the student's `decoder.`, `patch_decoder.` and `mask_token`.
+        name: of the encoder's state dict, or a student's `decoder.`, `patch_decoder.` and `mask_token`.
     """
     return names_in_nnunet(config.model_type).tensor(name, config)
 
@@ -30,6 +30,13 @@ def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> 
     The storage is shared.
     """
     return {theirs: tensor for name, tensor in weights.items() for theirs in reference_names(name, config)}
+
+
+def segmentation_to_reference(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All that nnU-Net's network of a segmentation model holds, under its names; the storage is shared."""
+    config = model.config
+    weights = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
+    return to_reference(weights, config) | names_in_nnunet(config.model_type).idle(config)
 
 
 @dataclass

@@ -25,6 +25,7 @@ class NnunetNames(NamedTuple):
     trainer: str  # that fine-tunes it on nnU-Net's main branch
     decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that release 2.8.1 loads whole
     from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
+    idle: Callable[[PretrainedConfig], Weights]  # what a network to segment holds and does not use, under their names
 
 
 # --------------------------------------------------------------------------- Primus
@@ -47,8 +48,8 @@ def _primus_names(name: str, config: PretrainedConfig) -> list[str]:
     if patch_decoder := re.fullmatch(r"(?:patch_)?decoder\.(\d+)\.(\w+)", name):  # of pretraining or of segmentation
         layer, what = patch_decoder.groups()
         stage, kind = divmod(int(layer), 3)  # convolution, norm, activation
-        nested = [f"up_projection.decode.{stage}.{kind}.{what}"]
-        return nested if kind else [*nested, f"up_projection.decode.{stage}.{what}"]  # the last stage is not nested
+        last = 2 ** (stage + 1) == max(config.patch_size)  # which is not nested
+        return [f"up_projection.decode.{stage}.{what}" if last else f"up_projection.decode.{stage}.{kind}.{what}"]
     for ours, theirs in PRIMUS_NAMES:
         name = name.replace(ours, theirs)
     return [name]
@@ -111,6 +112,7 @@ PRIMUS = NnunetNames(
     trainer="PretrainedTrainer_Primusx",
     decoder=None,
     from_yxz=_primus_from_yxz,
+    idle=lambda config: {"mask_token": torch.zeros(1, 1, config.hidden_size)},
 )
 
 # --------------------------------------------------------------------------- ResEnc
@@ -168,6 +170,16 @@ def _resenc_network(config: PretrainedConfig) -> dict[str, Any]:
     return {"arch_class_name": name, "arch_kwargs": numbers, "arch_kwargs_requiring_import": imported}
 
 
+def _layers_of_deep_supervision(config: PretrainedConfig) -> Weights:
+    """nnU-Net builds these for all decoder stages; the finest one alone gives the segmentation."""
+    layers = {}
+    for stage, channels in enumerate(config.hidden_sizes[-2:0:-1]):
+        name = f"decoder.seg_layers.{stage}"
+        layers[f"{name}.weight"] = torch.zeros(config.num_labels, channels, 1, 1, 1)
+        layers[f"{name}.bias"] = torch.zeros(config.num_labels)
+    return layers
+
+
 RESENC = NnunetNames(
     anchor="encoder.stem.convs.0.conv.weight",
     tensor=_resenc_names,
@@ -181,4 +193,5 @@ RESENC = NnunetNames(
     trainer="PretrainedTrainer",
     decoder=unet_decoder,
     from_yxz=None,
+    idle=_layers_of_deep_supervision,
 )

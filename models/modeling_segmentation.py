@@ -1,6 +1,7 @@
 """Encoders with the decoders of nnU-Net's networks, to segment: a class for each voxel.
 
-Needs torch and transformers only: this file and those that it imports are copied next to the weights.
+Needs torch and transformers only: this file and those that it imports are copied next to the weights. It names all of
+them itself, also those that they import: transformers 5.1 looks no further.
 """
 
 import copy
@@ -11,9 +12,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils import can_return_tuple
 
+from .configuration_encoder import whole
 from .configuration_primus import PrimusConfig
 from .configuration_resenc import ResEncConfig
 from .decoders import UNetDecoder, init_patch_decoder_weights, patch_decoder
+from .modeling_encoder import Encoder
 from .modeling_primus import PrimusModel, init_primus_weights
 from .modeling_resenc import ResEncModel, init_resenc_weights
 
@@ -21,9 +24,13 @@ from .modeling_resenc import ResEncModel, init_resenc_weights
 class SegmentationModel(PreTrainedModel):
     """What the segmentation models share. One has an `encoder`, a `decoder`, and two functions that join them."""
 
-    base_model_prefix = "encoder"
-    main_input_name = "pixel_values"
+    base_model_prefix = Encoder.base_model_prefix
+    main_input_name = Encoder.main_input_name
     supports_gradient_checkpointing = True
+
+    def __init__(self, config):
+        whole("num_labels", [config.num_labels], 2**16)
+        super().__init__(config)
 
     @classmethod
     def from_encoder(cls, encoder, id2label):

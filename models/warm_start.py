@@ -26,7 +26,7 @@ AXES_OF_NNUNET = "SAR"  # of a file stored as RAS, which nnU-Net, nnssl and Open
 
 
 def load_pretrained(student: nn.Module, source: str, token_order: str | None = None) -> str:
-    """Load an encoder, and the pretraining decoder if there is one, into a student.
+    """Load an encoder, and what fits of a decoder if there is one, into a student of pretraining or of fine-tuning.
 
     Args:
         source: a `.pth` or `.safetensors` file, a folder (an encoder, a bundle, a run), or the Hub id of one.
@@ -36,7 +36,7 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
         What was loaded, changed and left, as text of a few lines.
 
     Raises:
-        ValueError: if the source cannot be read safely, or a tensor of the encoder would not be loaded.
+        ValueError: if the source cannot be read safely, is a fine-tuned model, or lacks a tensor of the encoder.
     """
     path = find(source)
     weights, content = read_weights(path)

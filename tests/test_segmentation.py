@@ -174,7 +174,7 @@ def test_a_clean_process_needs_the_folders_alone(tmp_path):
 def test_the_composite_learns_under_accelerate_and_all_of_it(name):
     accelerator, model = Accelerator(cpu=True), new_composite(name)
     before = {key: parameter.clone() for key, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameter_groups(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameter_groups(), lr=2e-2)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for _ in range(8):
@@ -184,7 +184,7 @@ def test_the_composite_learns_under_accelerate_and_all_of_it(name):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(scores["loss"].item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     assert scores["gradient_of_dice"] > 0
     assert scores["crop_is_finite"].all()
     assert all(not torch.equal(parameter, before[key]) for key, parameter in model.named_parameters())

@@ -17,6 +17,7 @@ from .columns import codes
 from .files import write_whole
 from .indexes import read_json
 from .manifest import Manifest
+from .sources import NO_LABEL
 from .stored_volume import Channels, HeldVolume, Volume, open_volume
 from .views import centre_view, scatter_views
 
@@ -76,22 +77,22 @@ def keep_classes(source: Path, labels: Path, folder: Path) -> None:
 
 
 def labelled_rows(manifest: Manifest) -> np.ndarray:
-    """Numbers of the `manifest.volumes` that have labels; of the columns `FOR_RUNS` and `LABELS`.
+    """Numbers of the `manifest.volumes` that have labels; of the columns `FOR_RUNS` and `LABELS`. Warns of others.
 
     Raises:
         ValueError: if there are none, or the folder was prepared before their values were noted.
     """
     again = f"run prepare_data.py --labels FOLDER again, into {manifest.folder}"
-    volumes = manifest.volumes
-    there = pc.is_valid(volumes["label"]).combine_chunks().to_numpy(zero_copy_only=False)
-    if not there.any():
-        raise ValueError(f"{manifest.folder}: none of its {len(volumes)} volumes has labels: {again}")
+    volumes, rejected = manifest.volumes, manifest.rejected
+    there = pc.is_valid(volumes["label"])
+    if not pc.any(there).as_py():
+        raise ValueError(f"{manifest.folder}: none of its {len(volumes)} volumes has labels; {again}")
     if pc.any(pc.is_null(volumes["label_values"].filter(there))).as_py():
-        raise ValueError(f"{manifest.folder}: it does not say which labels it has: {again}")
-    if without := int((~there).sum()):
-        first = volumes["source"][int(np.flatnonzero(~there)[0])]
-        warnings.warn(f"{without} volumes have no labels and are left out, such as {first}", stacklevel=2)
-    return np.flatnonzero(there)
+        raise ValueError(f"{manifest.folder} was prepared before the values of labels were noted; {again}")
+    unprepared = rejected["source"].filter(pc.equal(rejected["reason"], NO_LABEL)).to_pylist()
+    if without := [*volumes["source"].filter(pc.invert(there)).to_pylist(), *unprepared]:
+        warnings.warn(f"{len(without)} volumes have no labels and are left out, such as {without[0]}", stacklevel=2)
+    return np.flatnonzero(there.combine_chunks().to_numpy(zero_copy_only=False))
 
 
 def classes_of(manifest: Manifest, rows: Sequence[int]) -> Classes:
@@ -103,7 +104,7 @@ def classes_of(manifest: Manifest, rows: Sequence[int]) -> Classes:
     volumes = manifest.volumes.take(pa.array(rows))
     found = pc.unique(pc.list_flatten(volumes["label_values"])).to_pylist()
     if not (manifest.folder / CLASSES).exists():
-        return _classes({value: str(value) for value in found})
+        return _classes({value: str(value) for value in found if value != BACKGROUND})
     classes = read_classes(manifest.folder / CLASSES)
     check_labels(manifest, rows, classes)
     return classes

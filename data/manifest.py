@@ -63,6 +63,7 @@ FOR_RUNS = (
     *("foreground_threshold", "foreground_mean", "foreground_std"),
 )
 LABELS = ("label", "label_checksum", "label_values")  # for runs that learn from them
+LATER = "label_values"  # a column that folders may lack which were prepared before there was it: null
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,13 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> Manifes
     """
     path = folder / NAME
     try:
-        table = pq.read_table(path, columns=None if columns is None else list(columns))
+        asked, there = SCHEMA.names if columns is None else columns, pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in asked if name in there or name != LATER])
         facts = json.loads(table.schema.metadata[b"preparation"])
         made_by, finished, journals = (facts.pop(key) for key in ("format", "finished", "journals"))
         if made_by == FORMAT:
-            for name in {*(columns or SCHEMA.names)} - {*table.column_names}:  # of folders prepared before there was it
-                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+            if LATER in asked and LATER not in there:
+                table = table.append_column(LATER, pa.nulls(len(table), SCHEMA.field(LATER).type))
             return Manifest(folder, table, Preparation(**facts), read_source(folder), finished, journals)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run prepare_data.py until it says that all is prepared") from None

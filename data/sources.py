@@ -19,6 +19,7 @@ LABEL_STEM = re.compile(
 LOCALIZER = re.compile(r"(?<![^\W\d_])(locali[sz]er|scout|survey)(?![^\W\d_])", re.IGNORECASE)  # no letter beside it
 CHANNEL = re.compile(r"(?<=.)_(\d{4})$")  # nnU-Net's, at the end of a stem
 NOT_INCLUDED, EXCLUDED = "not in data.include", "in data.exclude"  # why something is left out
+NO_LABEL = "without a map of labels"
 RUN = re.compile(r"(?<=.)_(run[-_]?)?\d+$")
 
 LeftOut = list[tuple[str, str]]  # path, and why
@@ -100,7 +101,7 @@ def labels_beside(source: Path) -> Path | None:
 
 def only_labelled(listing: Listing) -> Listing:
     """A listing of no volumes but those with a label map."""
-    without = [(one.path, "no label map") for one in listing.sources if not one.label]
+    without = [(one.path, NO_LABEL) for one in listing.sources if not one.label]
     return Listing(listing.root, [one for one in listing.sources if one.label], sorted([*listing.left_out, *without]))
 
 

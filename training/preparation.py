@@ -13,7 +13,7 @@ from data.channels import channel_number
 from data.columns import matrix
 from data.demo import demo_volume
 from data.journals import JOURNALS
-from data.labels import keep_classes
+from data.labels import CLASSES, keep_classes, read_classes
 from data.manifest import FOR_RUNS, NAME, Manifest, Preparation, read_manifest
 from data.prepare_folder import prepare_folder, prepare_streamed
 from data.prepare_volume import Job
@@ -103,6 +103,8 @@ def _prepare(data: Path | None, folder: Path, recipe: Recipe, labels: Path | Non
         listing = list_data(data, recipe.data, labels)
         if labels:
             keep_classes(listing.root, labels, folder)
+            if (folder / CLASSES).exists():
+                read_classes(folder / CLASSES)  # raises before the work is done
         left = prepare_folder(listing, Job(folder, listing.root, how, labels=labels), workers)
     assert not left
 

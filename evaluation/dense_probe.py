@@ -2,7 +2,7 @@
 
 The network runs once a volume (`dense_cells`); all that is fitted after that sees cells alone. Cell `k` of a stride
 `s` is centred at voxel `s * k + (s - 1) / 2`; what is said of cells is interpolated to voxels in between. Rows that
-need no network stand beside an encoder's in every table: the voxels themselves (`raw_cells`), and the place
+need no network stand beside an encoder's in every table: the voxels themselves (`raw_cells`), and their place
 (`place_cells`).
 """
 
@@ -21,7 +21,7 @@ from .scores import dice
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4)  # of the L2 penalty of a linear probe, for features of standard deviation 1
 TAKEN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the logarithm of the classes' frequencies, from their logits
-STRENGTH_OF_ONE, TAKEN_OF_ONE = 1e-1, 0.75  # where one volume leaves none to choose by
+STRENGTH_OF_ONE, TAKEN_OF_ONE = 1e-1, 0.5  # where one volume leaves none to choose by
 FOLDS = 5  # at most, by which it is chosen
 STEPS = 100  # of L-BFGS, at most
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's k-NN (Caron et al. 2021, arXiv 2104.14294)
@@ -115,19 +115,21 @@ def linear_probe(train: Sequence[Case], test: Sequence[Case], classes: int) -> l
     sizes = [case.cells[0].numel() for case in train]
     weights, left_out = fit_logistic((rows - mean) / std, targets, sizes)
     log_prior = targets.mean(0).clamp(min=1e-6).log()
-    taken = TAKEN_OF_ONE
-    if left_out is not None:
-        scores = [_dice_by_taken(logits, case, log_prior) for logits, case in zip(left_out.split(sizes), train)]
-        taken = TAKEN[int(torch.stack(scores).nanmean((0, 2)).argmax())]
+    taken = _best_taken(left_out.split(sizes), train, lambda logits, taken: logits - taken * log_prior)
     scale = weights[:-1] / std[:, None]
     shift = weights[-1] - mean @ scale - taken * log_prior
     return [_labels(case.rows() @ scale + shift, case) for case in test]
 
 
-def _dice_by_taken(logits: torch.Tensor, case: Case, log_prior: torch.Tensor) -> torch.Tensor:
-    """`[TAKEN, classes - 1]`."""
-    shifted = (_labels(logits - taken * log_prior, case) for taken in TAKEN)
-    return torch.stack([dice(labels, case.labels, len(log_prior)) for labels in shifted])
+def _best_taken(
+    left_out: Sequence[torch.Tensor], cases: Sequence[Case], take: Callable[[torch.Tensor, float], torch.Tensor]
+) -> float:
+    """The one of `TAKEN` with the best Dice on cases, given the scores of their cells `[x y z, classes]`."""
+
+    def score(cells: torch.Tensor, case: Case) -> torch.Tensor:
+        return torch.stack([dice(_labels(take(cells, taken), case), case.labels, cells.shape[1]) for taken in TAKEN])
+
+    return TAKEN[int(torch.stack([score(*pair) for pair in zip(left_out, cases)]).nanmean((0, 2)).argmax())]
 
 
 def knn_probe(
@@ -141,22 +143,30 @@ def knn_probe(
 
     Nearest by the cosine of features less their mean over training cells, as most of that is common to all; each votes
     with the shares of its classes, weighted by `exp(cosine / temperature)`. Votes are interpolated to voxels; those for
-    rare classes count more, by the root of their frequency.
+    rare classes count more, as much as is best on the first training volumes, each left out in turn.
     """
-    rows = torch.cat([case.rows() for case in train])
-    mean = rows.mean(0)
-    rows, shares = F.normalize(rows - mean, dim=1), torch.cat([case.shares(classes) for case in train])
-    shares = shares / shares.mean(0).clamp(min=1e-6).sqrt()
-    neighbours = min(neighbours, len(rows))
+    rows, shares = torch.cat([case.rows() for case in train]), torch.cat([case.shares(classes) for case in train])
+    mean, prior = rows.mean(0), shares.mean(0).clamp(min=1e-6)
+    rows = F.normalize(rows - mean, dim=1)
 
-    def votes(queries: torch.Tensor) -> torch.Tensor:
-        near, which = (F.normalize(queries - mean, dim=1) @ rows.T).topk(neighbours, dim=1)
+    def votes(queries: torch.Tensor, rows: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        near, which = (queries @ rows.T).topk(min(neighbours, len(rows)), dim=1)
         return torch.einsum("qn,qnk->qk", (near / temperature).softmax(1), shares[which])
 
+    def take(cells: torch.Tensor, taken: float) -> torch.Tensor:
+        return cells / prior**taken
+
+    taken, sizes = TAKEN_OF_ONE, [case.cells[0].numel() for case in train]
+    if len(train) > 1:
+        left_out = []
+        for end, size in zip(np.cumsum(sizes)[:FOLDS].tolist(), sizes):
+            others = [torch.cat((table[: end - size], table[end:])) for table in (rows, shares)]
+            left_out.append(votes(rows[end - size : end], *others))
+        taken = _best_taken(left_out, train, take)
     predicted = []
     for case in test:
-        voted = torch.cat([votes(part) for part in case.rows().split(max(1, BLOCK // len(rows)))])
-        predicted.append(_labels(voted, case))
+        queries = F.normalize(case.rows() - mean, dim=1).split(max(1, BLOCK // len(rows)))
+        predicted.append(_labels(take(torch.cat([votes(part, rows, shares) for part in queries]), taken), case))
     return predicted
 
 
@@ -168,9 +178,9 @@ def _labels(scores: torch.Tensor, case: Case) -> torch.Tensor:
 
 def fit_logistic(
     rows: torch.Tensor, targets: torch.Tensor, sizes: Sequence[int], strengths: Sequence[float] = STRENGTHS
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and bias `[D + 1, K]` of the logistic regression with the penalty that fits left-out subjects best, and
-    the logits `[N, K]` of all cells by regressions that did not see their subject (None of a single one).
+    the logits `[N, K]` of all cells by regressions that did not see their subject, unless it is the only one.
 
     Args:
         rows: standardised features `[N, D]`.
@@ -198,6 +208,8 @@ def fit_logistic(
             least, best, logits = error, (weights.mean(1, keepdim=True), strength), _logits(rows, weights)
         logits = logits[torch.arange(len(rows)), mine]
     weights = _descend(rows, targets, everything, best[1], curvature, best[0])[:, 0]
+    if logits is None:
+        logits = rows @ weights
     return torch.cat((turn.float() @ weights[:-1], weights[-1:])), logits
 
 

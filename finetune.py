@@ -165,8 +165,8 @@ def write_results(run: Run, recipe: SegmentationRecipe, step: int) -> None:
     export_segmentation(run, step, batch, outputs, recipe.classes)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(__doc__)
+def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = common_parser(manual)
     add = parser.add_argument
     add("--encoder", metavar="PATH_OR_HUB_ID", help="what to fine-tune")
     add("--from-scratch", action="store_true", help="as with --encoder, but from random weights")
@@ -207,4 +207,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(__file__, lambda: main(parse()))
+    run_script(__file__, lambda: main(parse_arguments(__doc__)))

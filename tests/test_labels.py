@@ -344,7 +344,7 @@ def test_images_without_labels_are_counted(tmp_path):
 
 def test_labels_that_are_not_named_are_refused(tmp_path):
     manifest = ready(decathlon(tmp_path / "task", names={"background": 0, "organ": 1}), tmp_path)
-    with pytest.raises(ValueError, match=r"label 2 of imagesTr/case_00\.nii\.gz is not one of dataset\.json \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"label 2 of imagesTr/case_00\.nii\.gz is none of the classes \(0, 1\)"):
         classes_of(manifest, labelled_rows(manifest))
 
 

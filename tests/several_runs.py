@@ -19,7 +19,6 @@ from torch._dynamo.utils import counters
 
 import training.run
 from benchmarks.cpu_ranks import offer_fsdp
-from training.launch import parse_arguments
 from training.schedules import learning_rate
 
 beats, start_heartbeat = [], training.run.start_heartbeat
@@ -59,7 +58,7 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
     training.run.learning_rate = watched_rate
     module.make_batch = poisoned_batch if poison else make_batch
     try:
-        module.main(parse_arguments(module.__doc__, arguments))
+        module.main(module.parse_arguments(module.__doc__, arguments))
     except SystemExit as end:
         return end.code
     except FloatingPointError as error:

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,8 +20,7 @@ from benchmarks.script_runs import in_new_process, train
 from data.manifest import read_manifest
 from data.store import PreparedVolumes
 from data.stream import SampleStream, stack_views
-from losses.cells import sample_cells
-from losses.cva import cell_retrieval
+from evaluation.retrieval import read_cells, retrieval
 from models import dense_features
 from train_cva import CVARecipe, build_model, build_stream, make_batch
 from training.preparation import prepare_data
@@ -45,10 +43,9 @@ def measure(encoder: torch.nn.Module, stream: SampleStream, recipe: CVARecipe, s
     """Top-1 retrieval of cells between the two views of held-out samples."""
     encoder.eval()
     batch = make_batch(stack_views([stream[HELD_OUT + i] for i in range(samples)]), encoder.device, recipe)
-    cells = sample_cells(dense_features(encoder, batch["views"]), batch["points"], recipe.views.crop_size)
-    cells = F.normalize(cells, dim=-1)
+    cells = read_cells(dense_features(encoder, batch["views"]), batch["points"], recipe.views.crop_size)
     encoder.train()
-    return float(cell_retrieval(cells, cells.roll(samples, dims=0), batch["inside"]))
+    return retrieval(cells, cells.roll(samples, dims=0), batch["inside"])
 
 
 def curve(overrides: list[str], every: int, samples: int, prepared: Path) -> dict[int, float]:

@@ -13,11 +13,12 @@ from data.stream import SampleStream, render, stack_views
 
 from .dense_probe import Case, to_voxels
 
+CPU = torch.device("cpu")
 Cells = Callable[[torch.Tensor], torch.Tensor]  # volumes [B, C, X, Y, Z] -> [B, D, x, y, z]
 
 
 def read_cells(dense: torch.Tensor, points: torch.Tensor, crop_size: tuple[int, ...]) -> torch.Tensor:
-    """A feature map `[N, D, x, y, z]` at places `[N, P, S, 3]` in voxels of its crop, mean over `S`: `[N, P, D]`."""
+    """A feature map `[N, D, x, y, z]` at places `[N, P, S, 3]` in voxels of its crop, the mean of `S`: `[N, P, D]`."""
     size = torch.tensor(crop_size, device=points.device)
     grid = ((points + 0.5) * 2 / size - 1).flip(-1)[:, None].to(dense)  # grid_sample wants Z first
     read = F.grid_sample(dense, grid, padding_mode="border", align_corners=False)  # [N, D, 1, P, S]
@@ -38,7 +39,9 @@ def retrieval(first: torch.Tensor, second: torch.Tensor, inside: torch.Tensor) -
 
 
 @torch.no_grad()
-def view_retrieval(cells: Cells, stream: SampleStream, samples: range, device: torch.device, batch: int = 8) -> float:
+def view_retrieval(
+    cells: Cells, stream: SampleStream, samples: range, device: torch.device = CPU, batch: int = 8
+) -> float:
     """`retrieval` between the two views of samples of a stream that compares them, in both directions, unmasked."""
     firsts, seconds, inside = [], [], []
     for start in samples[::batch]:

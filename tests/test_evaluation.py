@@ -1,19 +1,24 @@
 """What a frozen encoder is worth: scores, probes, retrieval, spread; against slow, obvious code and planted truths."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_nifti
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
+from benchmarks import evaluate_encoder
 from evaluation import dense_probe, scores
 from evaluation.dense_probe import Case, class_shares, dense_cells, knn_probe, linear_probe, place_cells, raw_cells
+from evaluation.pooled_probe import pooled_probe, pooled_regression
 from evaluation.retrieval import read_cells, retrieval, transport
 from evaluation.scores import dice, segmentation_scores
 from evaluation.spread import rank_me
 from models import build_encoder
+from training.command_line import is_for_the_user
 
 SPACING = (1.0, 2.0, 0.5)
 
@@ -263,3 +268,67 @@ def test_labels_are_carried_to_a_shifted_copy():
     shift = np.column_stack((np.eye(3), (-4.0, 0.0, 0.0)))
     assert float(dice(transport(source, target, shift, 1.0), target.labels, 2)) == pytest.approx(expected)
     assert float(dice(transport(source, target, reach=1.0), target.labels, 2)) < 0.8
+
+
+def test_whole_volumes_are_predicted_by_what_has_not_seen_them():
+    generator = torch.Generator().manual_seed(0)
+    features, classes = torch.randn(60, 10, generator=generator), torch.arange(60) % 3
+    assert (pooled_probe(features, classes).argmax(1) == classes.numpy()).mean() < 0.6
+    features[:, 0] += 4.0 * classes
+    probabilities = pooled_probe(features, classes)
+    assert probabilities.sum(1) == pytest.approx(1, abs=1e-5)
+    assert (probabilities.argmax(1) == classes.numpy()).mean() > 0.9
+    assert scores.regression_scores(pooled_regression(features, classes.numpy()), classes.numpy())["r2"].value > 0.7
+    with pytest.raises(ValueError, match="class 0 has 1 volumes"):
+        pooled_probe(features[:2], torch.tensor([0, 1]))
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Six volumes with a bright and a brighter ball, their labels, and an encoder."""
+    folder = tmp_path_factory.mktemp("judged")
+    for seed in range(6):
+        labels, noise = structures(seed, (34, 28, 26)).numpy(), np.random.default_rng(seed).normal(0, 5, (34, 28, 26))
+        save_nifti(folder / "images" / f"case_{seed}.nii.gz", (50 + 60 * labels + noise).astype(np.float32))
+        save_nifti(folder / "labels" / f"case_{seed}.nii.gz", (85 * labels).astype(np.uint8))
+    tiny("resenc").save_pretrained(folder / "encoder")
+    return folder
+
+
+def judge(*arguments) -> None:
+    evaluate_encoder.main(evaluate_encoder.parse_arguments([str(a) for a in arguments]))
+
+
+def test_one_command_judges_an_encoder(judged, capsys, tmp_path):
+    data = "--data", judged / "images", "--labels", judged / "labels"
+    written = "--output", tmp_path / "found.json", "--picture", tmp_path / "found.png"
+    numbers = "--stride", 4, "--samples", 4, "--budgets", 1, 2, "--draws", 1
+    judge(judged / "encoder", *data, *numbers, *written)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert list(rows) == ["encoder", "untrained", "intensity", "place"]
+    assert "| encoder |" in capsys.readouterr().out
+    assert (tmp_path / "found.png").stat().st_size > 1000
+    assert rows["intensity"]["linear@2"] > 0.7 > rows["place"]["linear@1"]
+    assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+
+
+def test_what_cannot_be_judged_is_one_line_with_the_remedy(judged, tmp_path):
+    data, encoder, tuned = ("--data", judged / "images"), judged / "encoder", tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "config.json").write_text('{"model_type": "resenc_segmentation"}')
+    (tuned / "model.safetensors").write_bytes(b"")
+    (tmp_path / "none").mkdir()
+    tiny("resenc").resize_input_channels(2).save_pretrained(tmp_path / "two")
+    for seed in range(6):
+        save_nifti(tmp_path / "empty" / f"case_{seed}.nii.gz", np.zeros((34, 28, 26), np.uint8))
+    bad = {
+        "labelled volumes are not there": (encoder, "--labels", judged / "labels", "--budgets", 9, "--samples", 1),
+        "runs/NAME/encoder": (tuned,),
+        "2 channels": (tmp_path / "two",),
+        "no file has the name of a volume": (encoder, "--labels", tmp_path / "none"),
+        "everywhere": (encoder, "--labels", tmp_path / "empty"),
+    }
+    for words, arguments in bad.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            judge(*arguments, *data)
+        assert is_for_the_user(caught.value)

@@ -38,9 +38,8 @@ from models import load_segmentation
 from models.warm_start import find
 from models.weight_files import read_json
 from training.command_line import DISK_ERRORS, run
-from training.export import processor
+from training.export import OF_FINE_TUNING, processor
 from training.run_folder import RunFolder
-from training.segmentation import FACTS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -140,9 +139,11 @@ def load_model(source: str) -> tuple[PreTrainedModel, dict]:
     if not folder.is_dir():
         folder = find(source).parent
     model = load_segmentation(folder)
-    if not (folder / FACTS).is_file():
-        raise ValueError(f"{source}: {FACTS} is missing, which says what its classes are: fine-tune with finetune.py")
-    return model, read_json(folder / FACTS)
+    if not (folder / OF_FINE_TUNING).is_file():
+        raise ValueError(
+            f"{source}: {OF_FINE_TUNING} is missing, which says what its classes are: fine-tune with finetune.py"
+        )
+    return model, read_json(folder / OF_FINE_TUNING)
 
 
 def score(folder: Path, labels: Path, cases: list[Source], facts: dict, tolerance: float) -> None:

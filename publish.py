@@ -1,4 +1,4 @@
-"""Turn a run, or an encoder, into a bundle for transformers, nnU-Net and MONAI, in a folder or on the Hugging Face Hub.
+"""Turn a run, an encoder or a fine-tuned model into a bundle, in a folder or on the Hugging Face Hub.
 
 A folder to look at, or to copy to a machine without a network:
 
@@ -13,9 +13,10 @@ Once you have seen it there, for everyone:
 
     python publish.py runs/primus_m --to hub:ORG/NAME --license cc-by-4.0 --public
 
-RUN is an OUTPUT of a training script, finished or not; ENCODER a folder: a run's encoder/, or a bundle. The bundle
-holds config.json, model.safetensors and the code for `AutoModel`, preprocessor_config.json for `AutoImageProcessor`,
-checkpoint_final.pth and adaptation_plan.json for nnU-Net where it has such a network, and the model card.
+What is published is an OUTPUT of a script, finished or not, or a folder in it (encoder/, of finetune.py model/), or a
+bundle. A bundle holds config.json, model.safetensors and the code for `AutoModel` (of a fine-tuned model,
+`AutoModelForSemanticSegmentation`), preprocessor_config.json for `AutoImageProcessor`, the model card, with the scores
+of a fine-tuned model, and of an encoder checkpoint_final.pth and adaptation_plan.json where nnU-Net has such a network.
 
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
 average, which has seen whole, unmasked crops.
@@ -34,15 +35,25 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedModel
 
-from models import architecture, load_encoder
+from models import architecture, load_encoder, load_segmentation
 from models.conversion import reference_names
+from models.modeling_segmentation import SegmentationModel
 from models.nnunet import adaptation_plan, checkpoint, fresh_decoder
 from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
 from models.weight_files import read_json, read_weights
 from training.command_line import is_for_the_user, run
-from training.export import FACTS, read_run_weights, replace_folder, write_encoder
+from training.export import (
+    FACTS,
+    FOR_SEGMENTATION,
+    OF_FINE_TUNING,
+    read_run_weights,
+    replace_folder,
+    write_encoder,
+    write_model,
+)
 from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
+from training.segmentation_card import segmentation_card
 
 PLAN = "adaptation_plan.json"
 BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
@@ -50,6 +61,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "README.md",
     "config.json",
     "configuration_encoder.py",
+    "decoders.py",
     "image_processing_volume.py",
     "modeling_encoder.py",
     "nifti.py",
@@ -59,6 +71,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "preprocessor_config.json",
     ENCODER_WEIGHTS,
     FACTS,
+    OF_FINE_TUNING,
     NNUNET_CHECKPOINT,
     PLAN,
 }
@@ -66,7 +79,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_OR_ENCODER")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FOLDER")
     parser.add_argument("--to", required=True, metavar="FOLDER|hub:ORG/NAME", help="where the bundle goes")
     parser.add_argument("--weights", dest="network", choices=["student", "teacher"], help="of a run (default: student)")
     parser.add_argument("--license", help="of the weights, by its SPDX name, for the model card")
@@ -154,20 +167,33 @@ def write_bundle(
     (folder / PLAN).write_text(json.dumps(adaptation_plan(encoder.config, name), indent=1))
 
 
+def fine_tuned_folder(source: Path) -> Path | None:
+    """Where the fine-tuned model of a folder is, if it has one."""
+    folders = (RunFolder(source).model, source)
+    return next((folder for folder in folders if (folder / OF_FINE_TUNING).is_file()), None)
+
+
+def write_fine_tuned(model: PreTrainedModel, facts: dict, where: str, license: str | None, folder: Path) -> None:
+    """Fill an empty folder with a fine-tuned model."""
+    card = segmentation_card(model, facts, where.removeprefix("hub:"), license)
+    write_model(model, FOR_SEGMENTATION, OF_FINE_TUNING, facts, card, folder)
+
+
 # --------------------------------------------------------------------------- where it goes
 
 
-def check_overwrite(where: str, files: set[str], model_type: str | None, encoder: PreTrainedModel) -> None:
+def check_overwrite(where: str, files: set[str], model_type: str | None, model: PreTrainedModel) -> None:
     """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
-    kind = encoder.config.model_type
-    marks = {FACTS, "config.json"} | ({PLAN} if architecture(kind).nnunet else set())  # a run's encoder/ has no plan
+    kind = model.config.model_type
+    of_encoder = {FACTS, *([PLAN] if architecture(kind).nnunet else [])}  # a run's encoder/ has no plan
+    marks = {"config.json", *([OF_FINE_TUNING] if isinstance(model, SegmentationModel) else of_encoder)}
     bundle = BUNDLE | {name for name in files if re.fullmatch(r"(modeling|configuration)_\w+\.py", name)}
     if files and (not marks <= files or files - bundle or model_type != kind):
         found = ", ".join(sorted(files - bundle or files)[:3])
         raise ValueError(f"--to {where} holds something else ({found}): choose another place")
 
 
-def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -> str:
+def upload(folder: Path, repo_id: str, public: bool, model: PreTrainedModel) -> str:
     """One commit with all files of the folder; files that the Hub has already are not sent again.
 
     Returns:
@@ -186,9 +212,9 @@ def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -
         known = {}
         if "config.json" in files:
             known = read_json(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)))
-        check_overwrite(f"hub:{repo_id}", files, known.get("model_type"), encoder)
+        check_overwrite(f"hub:{repo_id}", files, known.get("model_type"), model)
         operations = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
-        commit = api.create_commit(repo_id, operations, commit_message="Publish the encoder", parent_commit=info.sha)
+        commit = api.create_commit(repo_id, operations, commit_message="Publish the model", parent_commit=info.sha)
         if public and info.private:
             api.update_repo_settings(repo_id, visibility="public")
         elif not public and not info.private:
@@ -209,24 +235,31 @@ def upload(folder: Path, repo_id: str, public: bool, encoder: PreTrainedModel) -
 
 def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed to save, which would speak up
-    encoder, facts, decoder = read_source(arguments.source, arguments.network)
-    write = partial(write_bundle, encoder, facts, decoder, arguments.to, arguments.license)
+    if folder := fine_tuned_folder(arguments.source):
+        if arguments.network:
+            raise ValueError(f"{arguments.source}: a fine-tuned model has no teacher: leave --weights out")
+        model = load_segmentation(folder)
+        write = partial(write_fine_tuned, model, read_json(folder / OF_FINE_TUNING), arguments.to, arguments.license)
+    else:
+        model, facts, decoder = read_source(arguments.source, arguments.network)
+        write = partial(write_bundle, model, facts, decoder, arguments.to, arguments.license)
     if arguments.to.startswith("hub:"):
         repo_id = arguments.to.removeprefix("hub:")
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "bundle"
             replace_folder(folder, write)
-            place = upload(folder, repo_id, arguments.public, encoder)
+            place = upload(folder, repo_id, arguments.public, model)
     else:
         place, repo_id = Path(arguments.to), arguments.to
         if place.exists() and not place.is_dir():
             raise ValueError(f"--to {place} is a file: name a folder")
         files = {file.name for file in place.iterdir()} if place.exists() else set()
         known = read_json(place / "config.json") if "config.json" in files else {}
-        check_overwrite(arguments.to, files, known.get("model_type"), encoder)
+        check_overwrite(arguments.to, files, known.get("model_type"), model)
         replace_folder(place, write)
     print(f"published   {place}")
-    print(f'transformers AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)')
+    auto = FOR_SEGMENTATION if isinstance(model, SegmentationModel) else "AutoModel"
+    print(f'transformers {auto}.from_pretrained("{repo_id}", trust_remote_code=True)')
 
 
 if __name__ == "__main__":

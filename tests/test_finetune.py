@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 import finetune
 import predict
+import publish
 import train_cva
 from evaluation.cases import Scored, summarise
 from evaluation.inference import class_probabilities
@@ -287,6 +288,21 @@ def test_a_run_leaves_a_model_and_scores_of_the_cases_left_out(plain, encoders, 
         predict.main(predict.parse_arguments([str(encoders["resenc"]), *given[1:]]))
     with pytest.raises(ValueError, match="give the encoder that it was fine-tuned from"):
         finetune.main(arguments("--encoder", plain / "model", "--data", labelled))
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_model_is_published_with_its_scores(plain, tmp_path):
+    bundle = tmp_path / "bundle"
+    publish.main(publish.parse_arguments([str(plain), "--to", str(bundle), "--license", "cc-by-4.0"]))
+    card = (bundle / "README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "| test | brightest |" in card
+    assert f"python predict.py {bundle}" in card
+    ours, theirs = load_segmentation(plain / "model"), load_segmentation(bundle)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+    publish.main(publish.parse_arguments([str(bundle), "--to", str(bundle)]))
+    with pytest.raises(ValueError, match="no teacher"):
+        publish.main(publish.parse_arguments([str(bundle), "--to", str(bundle), "--weights", "student"]))
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ from .run_folder import RunFolder
 
 LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"  # of the code that goes with the weights
 FACTS = "pretraining.json"  # what is known of the run that made the weights
+OF_FINE_TUNING = "finetuning.json"  # the same, of one that fine-tuned them
+FOR_SEGMENTATION = "AutoModelForSemanticSegmentation"
 
 
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:

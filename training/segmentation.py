@@ -22,13 +22,12 @@ from models import load_segmentation
 from models.segmentation import model_to_save
 from pictures.segmentation import Segmented, draw_segmentation
 
-from .export import gather_weights, replace_folder, write_model
+from .export import FOR_SEGMENTATION, OF_FINE_TUNING, gather_weights, replace_folder, write_model
 from .metrics import read_held_out, read_metrics
 from .pictures import draw_losses, planes_of
 from .run import Run
 from .segmentation_card import segmentation_card
 
-FACTS = "finetuning.json"  # what is known of the run that made a model
 SHOWN = 4  # cases in the picture
 TOO_LITTLE = 0.01  # of the true foreground, predicted: a network that has collapsed
 
@@ -61,7 +60,7 @@ def export_segmentation(
 
     def write() -> None:
         card = segmentation_card(model, known, str(folder.model))
-        fill = partial(write_model, model, "AutoModelForSemanticSegmentation", FACTS, known, card)
+        fill = partial(write_model, model, FOR_SEGMENTATION, OF_FINE_TUNING, known, card)
         replace_folder(folder.model, fill)
         try:
             records = [record for record in read_metrics(folder.metrics) if "loss" in record]
@@ -102,8 +101,8 @@ def evaluate(run: Run, classes: Classes, crop_size: Sequence[int], overlap: floa
         return
     scored = sorted((Scored(*one) for rank in everyone for one in rank), key=lambda one: (one.group, one.case))
     content = write_scores(scored, classes.names[1:], tolerance, run.folder.scores)
-    facts = json.loads((run.folder.model / FACTS).read_text()) | {"scores": {**content, "cases": len(scored)}}
-    write_whole(run.folder.model / FACTS, lambda file: file.write_text(json.dumps(facts, indent=1)))
+    facts = json.loads((run.folder.model / OF_FINE_TUNING).read_text()) | {"scores": {**content, "cases": len(scored)}}
+    write_whole(run.folder.model / OF_FINE_TUNING, lambda file: file.write_text(json.dumps(facts, indent=1)))
     ModelCard(segmentation_card(model, facts, str(run.folder.model))).save(run.folder.model / "README.md")
     draw_segmentation(shown, classes.names[1:], run.folder.report / "cases.png", planes_of(run.recipe.data.orientation))
 

@@ -5,6 +5,7 @@ import training.shared_cpu  # noqa: F401
 # isort: split
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from forked_runs import Forks
 from safetensors import safe_open
 
 from data.manifest import Preparation, read_manifest
@@ -26,6 +28,7 @@ BIN = Path(sys.executable).parent
 # the tests speak of CPU ranks, wherever they run; tests/test_gpu.py asks for more, also as a worker of pytest-xdist
 GPUS = int(os.environ.setdefault("GPUS_OF_THE_TESTS", str(torch.cuda.device_count())))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+FORKS = Forks()
 
 CLEAN = """
 import sys, numpy, torch
@@ -120,18 +123,39 @@ def launch(
     check: bool = True,
     gpus: str = "",
 ) -> subprocess.CompletedProcess:
-    """Run train_cva.py in its own processes: plain python for one rank, torchrun for more."""
-    launcher = launcher or ([BIN / "torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable])
+    """Run train_cva.py in its own processes, as plain python and torchrun would (forked), or by a launcher."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(root),
         "CUDA_VISIBLE_DEVICES": gpus,
     }
-    command = [str(part) for part in (*launcher, script, *arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    command = [str(part) for part in (script, *arguments)]
+    if launcher is None and not gpus and FORKS.fit(os.environ):
+        done = FORKS.run(command, cwd, [environment | rank for rank in places(ranks)])
+    else:
+        launcher = launcher or (torchrun(ranks) if ranks > 1 else [sys.executable])
+        command = [*map(str, launcher), *command]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
+
+
+def torchrun(ranks: int) -> list:
+    return [BIN / "torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """What torchrun sets for each rank."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"OMP_NUM_THREADS": 1}
+    each = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{key: str(value) for key, value in place.items()} for place in each]
 
 
 def config(name: str) -> Path:

@@ -35,6 +35,7 @@ def check(tmp_path, capsys):
             tmp_path / "run" / "prepared",
             tmp_path / "data",
             streams=False,
+            labels=None,
             data_description=None,
             init_from=None,
             token_order=None,

@@ -35,6 +35,7 @@ LIBRARIES = (  # what a run imports anyway, the longest of it
     "pydantic",
     "scipy.ndimage",
 )
+READ_AT_IMPORT = ("GOMP_", "HF_", "MPL", "OMP_", "PYTHON")  # variables that the imported libraries will not read again
 PATIENCE = 30.0  # seconds for a rank to end when another has failed
 PR_SET_PDEATHSIG = 1
 
@@ -46,8 +47,8 @@ class Forks:
         self.process, self.environment = None, None
 
     def fit(self, environment: dict[str, str]) -> bool:
-        """Whether all variables are those that the libraries were, or will be, imported with."""
-        return self.environment in (None, _lasting(environment))
+        """Whether the libraries were, or will be, imported with these variables."""
+        return self.environment in (None, _read(environment))
 
     def run(self, command: list[str], cwd: Path, ranks: list[dict[str, str]]) -> subprocess.CompletedProcess:
         """With the first exit code that is not 0, and all that the ranks wrote.
@@ -56,7 +57,7 @@ class Forks:
             ranks: the environment of each.
         """
         if self.process is None:
-            self.environment = _lasting(os.environ)
+            self.environment = _read(os.environ)
             command_line = [sys.executable, __file__]
             self.process = subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             atexit.register(self.process.kill)
@@ -69,8 +70,8 @@ class Forks:
             return subprocess.CompletedProcess(command, code, *written)
 
 
-def _lasting(environment: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key != "PYTEST_CURRENT_TEST"}
+def _read(environment: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key.startswith(READ_AT_IMPORT)}
 
 
 # ------------------------------------------------------------------ the process that has imported the libraries

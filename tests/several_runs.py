@@ -1,7 +1,8 @@
 """Run scripts several times in one set of processes, which saves the imports: `several_runs.py RUNS.json`.
 
 Each run of the list has `arguments`, and may have `script` (its module, else train_cva), `stop_at` (the last rank gets
-SIGTERM in this step) and `poison` (sample numbers whose views become NaN).
+SIGTERM in this step), `poison` (sample numbers whose views become NaN) and `draws` (else it leaves no pictures, which
+take longer than its steps). The cost of a step is counted once for all runs with the same numbers.
 """
 
 import importlib
@@ -17,11 +18,13 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch._dynamo.utils import counters
 
+import training.export
 import training.run
 from benchmarks.cpu_ranks import offer_fsdp
 from training.schedules import learning_rate
 
 beats, start_heartbeat = [], training.run.start_heartbeat
+draw_report, costs = training.export.draw_report, {}
 
 
 def watched_heartbeat(group):
@@ -33,10 +36,17 @@ training.run.start_heartbeat = watched_heartbeat
 PartialState.destroy_process_group = lambda self, group=None: None  # the next run has the same ranks
 
 
-def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = None, poison: list[int] = ()) -> int:
+def run(
+    arguments: list[str],
+    script: str = "train_cva",
+    stop_at: int | None = None,
+    poison: list[int] = (),
+    draws: bool = False,
+) -> int:
     """One run; returns its exit code."""
     module = importlib.import_module(script)
-    make_batch = module.make_batch
+    make_batch, step_cost = module.make_batch, module.step_cost
+    asked = module.parse_arguments(module.__doc__, arguments)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     deepspeed.comm.comm.cdb = None
@@ -55,10 +65,18 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
         bad = torch.isin(samples["pair"], torch.tensor(poison, dtype=torch.long))
         return batch | {"views": torch.where(bad[:, None, None, None, None], torch.nan, batch["views"])}
 
+    def known_cost(*of):
+        numbers = script, asked.recipe, *asked.overrides
+        if numbers not in costs:
+            costs[numbers] = step_cost(*of)
+        return costs[numbers]
+
     training.run.learning_rate = watched_rate
+    training.export.draw_report = draw_report if draws else lambda *_: None
+    module.step_cost = known_cost
     module.make_batch = poisoned_batch if poison else make_batch
     try:
-        module.main(module.parse_arguments(module.__doc__, arguments))
+        module.main(asked)
     except SystemExit as end:
         return end.code
     except FloatingPointError as error:
@@ -66,7 +84,7 @@ def run(arguments: list[str], script: str = "train_cva", stop_at: int | None = N
         beats[-1]()  # a script would end here; this process may end before the other rank's next beat
         return 2
     finally:
-        module.make_batch = make_batch
+        module.make_batch, module.step_cost = make_batch, step_cost
     return 0
 
 

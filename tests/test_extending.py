@@ -71,11 +71,10 @@ def runs(project, volumes):
     for name, (script, strategy, numbers) in RUNS.items():
         arguments = ["--config", config(strategy), "--data", volumes, "--output", project / "runs" / name, *numbers]
         planned.append({"script": script, "arguments": [str(a) for a in arguments], "stop_at": 1})
-        planned.append({"script": script, "arguments": [*map(str, arguments), "--resume", "auto"]})
+        planned.append({"script": script, "arguments": [*map(str, arguments), "--resume", "auto"], "draws": True})
     (project / "runs.json").write_text(json.dumps(planned))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = project / "tests" / "several_runs.py"
-    done = launch(project / "runs.json", script=script, launcher=launcher, root=project, cwd=project)
+    done = launch(project / "runs.json", script=script, ranks=2, root=project, cwd=project)
     ends = re.findall(r"^run \d+ exit (\d+),", done.stdout, re.MULTILINE)
     assert ends == ["75", "0"] * len(RUNS), done.stdout + done.stderr
     return project / "runs"

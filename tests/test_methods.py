@@ -138,7 +138,7 @@ def runs(tmp_path_factory, volumes):
     launches = Launches(tmp_path_factory.mktemp("methods"), volumes)
     for name in OTHERS:
         numbers, script = [*numbers_of(name, "primus"), ALIKE], METHODS[name].script
-        launches.plan(f"{name}_ddp", "ddp", numbers, script=script)
+        launches.plan(f"{name}_ddp", "ddp", numbers, script=script, draws=True)
         for strategy in METHODS[name].sharded:
             launches.plan(f"{name}_{strategy}", strategy, numbers, script=script)
             launches.plan(f"{name}_{strategy}_stopped", strategy, numbers, script=script, stop_at=2)

@@ -2,11 +2,10 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, config, launch, whole_state
+from conftest import ROOT, TINY, config, launch, torchrun, whole_state
 
 from training.metrics import read_metrics
 
@@ -35,14 +34,16 @@ class Launches:
         self.folder, self.volumes, self.planned, self.names, self.printed, self.graphs = folder, volumes, [], [], {}, {}
 
     def plan(self, name, strategy, numbers, *more, **rest):
-        arguments = ["--config", config(strategy), "--data", self.volumes, "--output", self.folder / name, *more]
+        prepared = self.folder / f"prepared_{rest.get('script')}"  # once
+        arguments = ["--config", config(strategy), "--data", self.volumes, "--prepared", prepared, *more]
+        arguments += ["--output", self.folder / name]
         self.names.append(name)
         self.planned.append({"arguments": [str(argument) for argument in (*arguments, *numbers)], **rest})
 
     def start(self, name, ranks):
         (self.folder / "runs.json").write_text(json.dumps(self.planned))
-        launcher = [shutil.which("torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
-        done = launch(self.folder / "runs.json", script=ROOT / "tests" / "several_runs.py", launcher=launcher)
+        script = ROOT / "tests" / "several_runs.py"
+        done = launch(self.folder / "runs.json", script=script, launcher=torchrun(ranks))
         self.printed[name] = done.stdout + done.stderr
         counts = re.findall(r"^run \d+ exit \d+, (\d+) graphs compiled$", done.stdout, re.MULTILINE)
         self.graphs |= dict(zip(self.names, map(int, counts), strict=True))
@@ -192,8 +193,7 @@ def test_only_blocks_are_gathered_in_bfloat16(tmp_path, volumes):
     (tmp_path / "precisions.py").write_text(PRECISIONS)
     numbers = [*TINY, "train.steps=2", "train.precision=bf16", "run.checkpoint_every=1"]
     arguments = ["--config", config("fsdp2"), "--data", volumes, "--output", tmp_path / "run", *numbers]
-    launcher = [shutil.which("torchrun"), "--standalone", "--nproc_per_node=1"]
-    done = launch(*arguments, script=tmp_path / "precisions.py", launcher=launcher)
+    done = launch(*arguments, script=tmp_path / "precisions.py", launcher=torchrun(1))
     seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("seen ")).removeprefix("seen "))
     for part in ("student.features.encoder", "student.features.feature_decoder", "student.decoder", "teacher.features"):
         assert any(name.startswith(part) and ".blocks." in name for name in seen), part

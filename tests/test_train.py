@@ -20,6 +20,7 @@ from conftest import (
     model_state,
     prepared,
     save_nifti,
+    torchrun,
     whole_state,
 )
 
@@ -56,7 +57,8 @@ def run_of(tmp_path_factory, volumes):
 
     @functools.cache
     def make(name):
-        launch("--config", config(name), "--data", volumes, "--output", folder / name, *TINY, ranks=RANKS[name])
+        arguments = ["--config", config(name), "--data", volumes, "--output", folder / name, *TINY]
+        launch(*arguments, launcher=torchrun(2) if name == "zero2" else [sys.executable])
         return folder / name
 
     return make

@@ -75,11 +75,10 @@ def run(output, data, *more, strategy="ddp", ranks=1, numbers=TINY_ALICE, check=
     arguments = ["--config", config(strategy), "--data", data, "--output", output, *more, *numbers]
     if ranks == 1:
         return launch(*arguments, script=ROOT / "train_alice.py", check=check)
-    planned = [{"script": "train_alice", "arguments": [str(argument) for argument in arguments]}]
+    planned = [{"script": "train_alice", "arguments": [str(argument) for argument in arguments], "draws": True}]
     runs = output.with_suffix(".json")
     runs.write_text(json.dumps(planned))
-    launcher = [shutil.which("torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
-    done = launch(runs, script=ROOT / "tests" / "several_runs.py", launcher=launcher)
+    done = launch(runs, script=ROOT / "tests" / "several_runs.py", ranks=ranks)
     assert "run 0 exit 0" in done.stdout, done.stdout + done.stderr
     return done
 

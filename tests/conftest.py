@@ -29,6 +29,24 @@ BIN = Path(sys.executable).parent
 GPUS = int(os.environ.setdefault("GPUS_OF_THE_TESTS", str(torch.cuda.device_count())))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 FORKS = Forks()
+LONGEST = (  # files by their minutes, so that two processes which share them end together
+    "strategies",
+    "hub",
+    "publish",
+    "sources_to_encoder",
+    "methods",
+    "train",
+    "export",
+    "chaos",
+    "slurm_script",
+    "guards",
+    "cluster",
+    "extending",
+    "train_alice",
+    "streamed_run",
+    "plan",
+    "retrieval",
+)
 
 CLEAN = """
 import sys, numpy, torch
@@ -101,6 +119,11 @@ def blobs(seed: int, shape=(40, 44, 36)) -> np.ndarray:
     centres, widths = rng.uniform(-0.7, 0.7, (12, 3)), rng.uniform(0.1, 0.4, 12)
     volume = sum(np.exp(-((grid - c[:, None, None, None]) ** 2).sum(0) / w**2) for c, w in zip(centres, widths))
     return (1000 * volume + 50).astype(np.int16)
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")

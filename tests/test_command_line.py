@@ -15,19 +15,18 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP, which torch has on Linux")
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("chosen", "found"),
+    ("command", "chosen", "found"),
     [
-        ({}, "GOMP_SPINCOUNT = '1000'"),
-        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, "GOMP_SPINCOUNT = '0'"),
+        *(([ROOT / script, "--help"], {}, "GOMP_SPINCOUNT = '1000'") for script in SCRIPTS),
+        (["-c", "import training.shared_cpu, torch"], {"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
+        (["-c", "import training.shared_cpu, torch"], {"OMP_WAIT_POLICY": "PASSIVE"}, "GOMP_SPINCOUNT = '0'"),
     ],
 )
-def test_threads_soon_sleep_while_they_wait_unless_the_user_has_said_otherwise(script, chosen, found):
+def test_threads_soon_sleep_while_they_wait_unless_the_user_has_said_otherwise(command, chosen, found):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     environment |= {"OMP_DISPLAY_ENV": "VERBOSE"} | chosen
-    asked = subprocess.run([sys.executable, ROOT / script, "--help"], env=environment, capture_output=True, text=True)
+    asked = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert found in asked.stderr
 
 

@@ -94,10 +94,7 @@ def test_it_trains_stops_goes_on_and_is_exported(runs, name):
 
 
 def publish(project, run, to):
-    environment = {**os.environ, "PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, project / "publish.py", run, "--to", to]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=project)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(run, "--to", to, script=project / "publish.py", root=project, cwd=project)
     return {file.name for file in to.iterdir()}, (to / "README.md").read_text()
 
 

@@ -1,9 +1,6 @@
 """What holds for every method: a row of tests/methods.py passes all of these, or it is not in the house."""
 
 import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, config, whole_state
+from conftest import ROOT, config, launch, whole_state
 from methods import ARCHITECTURES, METHODS, batch_of, model_of, noise_of, numbers_of, recipe_of
 from test_distributed import difference
 from test_gpu import NothingIsReadBack
@@ -187,10 +184,7 @@ def test_a_run_is_exported_published_and_in_nnunets_form(runs, name, tmp_path):
     assert {"losses.png"} < {path.name for path in (run / "report").iterdir()}
     facts = json.loads((run / "encoder" / "pretraining.json").read_text())
     assert facts["losses"].keys() == facts["method"]["terms"].keys()
-    command = [sys.executable, ROOT / "publish.py", run, "--to", tmp_path / "bundle"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    launch(run, "--to", tmp_path / "bundle", script=ROOT / "publish.py")
     assert {"checkpoint_final.pth", "adaptation_plan.json"} <= {file.name for file in (tmp_path / "bundle").iterdir()}
     card = " ".join((tmp_path / "bundle" / "README.md").read_text().split())
     for words in facts["method"]["terms"].values():
@@ -202,8 +196,7 @@ def test_a_run_is_exported_published_and_in_nnunets_form(runs, name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_dry_run_of_a_method_is_complete(volumes, tmp_path, name):
-    command = [sys.executable, ROOT / f"{METHODS[name].script}.py", "--dry-run", "--data", volumes]
-    command += ["--config", config("zero2"), "--output", tmp_path / "run", *numbers_of(name, "primus")]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["--dry-run", "--data", volumes, "--config", config("zero2"), "--output", tmp_path / "run"]
+    script = ROOT / f"{METHODS[name].script}.py"
+    done = launch(*arguments, *numbers_of(name, "primus"), script=script, cwd=tmp_path)
     assert "total" in done.stdout

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, blobs, prepared, save_nifti
+from conftest import ROOT, blobs, launch, prepared, save_nifti
 from test_prepare import RAS, files, rows
 
 import prepare_data
@@ -26,6 +26,8 @@ WRITES = {"open", "write", "flush", "fsync", "replace", "rename", "unlink", "mkd
 
 
 def script(*arguments, **options):
+    if not options:
+        return launch(*arguments, script=ROOT / "prepare_data.py", check=False)
     command = [sys.executable, ROOT / "prepare_data.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
 

@@ -69,7 +69,9 @@ def publish(*arguments):
 
 def publish_by_command(*arguments, check=True, env=None):
     """publish.py in its own process, as the Hub's environment is read only once."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    if not env:
+        return launch(*arguments, script=ROOT / "publish.py", check=check)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **env}
     command = [sys.executable, ROOT / "publish.py", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert not check or done.returncode == 0, done.stdout + done.stderr

@@ -29,8 +29,8 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data.demo import demo_labelled
-from data.labels import Classes, check_labels, draw_labelled_view, labelled_rows
-from data.manifest import FOR_RUNS, LABELS, Manifest
+from data.labels import Classes, check_labels, counts_in_words, draw_labelled_view, labelled_rows
+from data.manifest import Manifest
 from data.sources import labels_beside
 from data.split import Split, split_by_subject
 from data.stream import Batch, SampleStream, render
@@ -118,8 +118,8 @@ class SegmentationRecipe(Recipe):
         return False
 
     @property
-    def columns(self) -> Sequence[str]:
-        return (*FOR_RUNS, *LABELS)
+    def uses_labels(self) -> bool:
+        return True
 
     def split(self, manifest: Manifest) -> Split:
         """Of the volumes that have labels."""
@@ -195,6 +195,7 @@ def main(arguments: argparse.Namespace) -> None:
         sys.exit(0 if dry_run(launch, recipe, model, cost, noise, arguments.tflops) else 1)
 
     run = Run(launch, recipe, model, cost, describe(recipe))
+    run.print(f"labels      {counts_in_words(run.volumes.manifest, run.volumes.rows, recipe.classes)}")
     print_banner(run)
     results = partial(write_results, run, recipe)
     run.start(build_stream(run.volumes, recipe))

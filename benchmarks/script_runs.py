@@ -18,6 +18,7 @@ import yaml
 import train_cva
 from training.launch import parse_arguments
 from training.recipe import Recipe, load_recipe
+from training.recipe import script_of as script_name
 from training.run import Run, Step
 
 
@@ -43,13 +44,14 @@ def script_of(path: Path) -> ModuleType:
     numbers = yaml.safe_load(path.read_text())
     if "method" not in numbers:
         return script_of(path.parent / numbers["base"])
-    return importlib.import_module(f"train_{numbers['method']}")
+    return importlib.import_module(script_name(numbers["method"]).removesuffix(".py"))
 
 
 def open_recipe(path: Path, overrides: list[str]) -> tuple[ModuleType, Recipe]:
     """A recipe of any method, and the script that reads it."""
     script = script_of(path)
-    (kind,) = (k for k in vars(script).values() if isinstance(k, type) and issubclass(k, Recipe) and k is not Recipe)
+    classes = (k for k in vars(script).values() if isinstance(k, type) and k.__module__ == script.__name__)
+    (kind,) = (k for k in classes if issubclass(k, Recipe))
     return script, load_recipe(path, overrides, kind)
 
 

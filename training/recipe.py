@@ -3,7 +3,6 @@
 import difflib
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -11,7 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data.files import write_whole
-from data.manifest import FOR_RUNS, Manifest
+from data.manifest import Manifest
 from data.split import Split, split_by_subject
 from models import ARCHITECTURES, architecture
 from models.section import Section
@@ -54,9 +53,9 @@ class Recipe(Section):
         return False
 
     @property
-    def columns(self) -> Sequence[str]:
-        """Of a manifest, those that a run reads."""
-        return FOR_RUNS
+    def uses_labels(self) -> bool:
+        """Whether samples have label maps."""
+        return False
 
     def split(self, manifest: Manifest) -> Split:
         """Which of the volumes are trained on."""
@@ -109,9 +108,9 @@ class PretrainingRecipe(Recipe):
         return math.prod(self.views.crop_size) // self.mask.block**3
 
     @property
-    def columns(self) -> Sequence[str]:
-        """Of a manifest, those that a run reads."""
-        return FOR_RUNS
+    def uses_labels(self) -> bool:
+        """Whether samples have label maps."""
+        return False
 
     def split(self, manifest: Manifest) -> Split:
         """Which of the volumes are trained on."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.manifest import FOR_RUNS, LABELS
 from data.rows import subject_of
 from data.split import is_left_out
 from data.store import PreparedVolumes
@@ -38,12 +39,12 @@ def open_data(
     if launch.streams:
         return _open_stream(launch, recipe, group, say)
     prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume, launch.labels)
-    manifest = open_manifest(from_main_rank(group, prepare), recipe.columns)
+    manifest = open_manifest(from_main_rank(group, prepare), (*FOR_RUNS, *LABELS) if recipe.uses_labels else FOR_RUNS)
     split = recipe.split(manifest)
     volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
     kept = [PreparedVolumes(manifest, rows) if len(rows) else None for rows in (split.validation, split.left_out)]
     say_what_is_trained_on(split, volumes, say)
-    data = manifest.fingerprint()
+    data = manifest.fingerprint(recipe.uses_labels)
     if recipe.uses_frames:
         say(f"frames      {volumes.frames.words()}")
         data = f"{data} {volumes.frames.fingerprint()}"

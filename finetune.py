@@ -34,6 +34,8 @@ from data.manifest import Manifest
 from data.sources import labels_beside
 from data.split import Split, split_by_subject
 from data.stream import Batch, SampleStream, render
+from finetuning.segmentation import evaluate, export_segmentation, warn_of_collapse
+from finetuning.taken_over import numbers_of_encoder, numbers_of_labels
 from losses.segmentation import TERMS, segmentation_objective
 from models import segmentation_class
 from models.section import BelowOne, PositiveFloat, Section, Share, Weight
@@ -47,9 +49,7 @@ from training.facts import Method
 from training.launch import common_parser, read_launch
 from training.recipe import Recipe, load_recipe
 from training.run import Run
-from training.segmentation import evaluate, export_segmentation, warn_of_collapse
 from training.student import build_fresh_encoder, checkpoint_gradients
-from training.taken_over import numbers_of_encoder, numbers_of_labels
 
 DEMO = Path(__file__).resolve().parent / "recipes" / "demo_segmentation.yaml"
 

@@ -35,6 +35,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedModel
 
+from finetuning.segmentation_card import segmentation_card
 from models import architecture, load_encoder, load_segmentation
 from models.conversion import reference_names
 from models.modeling_segmentation import SegmentationModel
@@ -53,7 +54,6 @@ from training.export import (
 )
 from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
-from training.segmentation_card import segmentation_card
 
 PLAN = "adaptation_plan.json"
 BUNDLE = {  # and the modelling files; some have nothing for nnU-Net

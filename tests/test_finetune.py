@@ -17,15 +17,15 @@ import publish
 import train_cva
 from evaluation.cases import Scored, summarise
 from evaluation.inference import class_probabilities
+from finetuning.segmentation import warn_of_collapse
+from finetuning.taken_over import numbers_of_encoder
 from losses.segmentation import segmentation_objective
 from models import load_encoder, load_segmentation, segmentation_class
 from models.segmentation import Segmentation
 from training.export import write_encoder
 from training.metrics import read_metrics
 from training.recipe import load_recipe
-from training.segmentation import warn_of_collapse
 from training.student import build_student
-from training.taken_over import numbers_of_encoder
 
 NETWORKS = {
     "primus": TINY,

@@ -5,8 +5,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from models import architecture
-
-from .model_card import preparation_section, times
+from training.model_card import preparation_section, times
 
 
 def segmentation_card(model: PreTrainedModel, facts: dict, where: str, license: str | None = None) -> str:

@@ -10,8 +10,7 @@ from data.manifest import FOR_RUNS, LABELS, read_manifest
 from models import architecture
 from models.warm_start import find
 from models.weight_files import read_json
-
-from .preparation import is_prepared
+from training.preparation import is_prepared
 
 OF_DATA = ("orientation", "spacing", "intensity", "intensity_of_ct", "channels")
 OF_VIEWS = ("crop_size", "coarsest_last")

@@ -21,11 +21,11 @@ from evaluation.scores import segmentation_scores
 from models import load_segmentation
 from models.segmentation import model_to_save
 from pictures.segmentation import Segmented, draw_segmentation
+from training.export import FOR_SEGMENTATION, OF_FINE_TUNING, gather_weights, replace_folder, write_model
+from training.metrics import read_held_out, read_metrics
+from training.pictures import draw_losses, planes_of
+from training.run import Run
 
-from .export import FOR_SEGMENTATION, OF_FINE_TUNING, gather_weights, replace_folder, write_model
-from .metrics import read_held_out, read_metrics
-from .pictures import draw_losses, planes_of
-from .run import Run
 from .segmentation_card import segmentation_card
 
 SHOWN = 4  # cases in the picture

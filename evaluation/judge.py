@@ -57,9 +57,7 @@ def compared_views(volumes: Sequence[HeldVolume], crop_size: Sequence[int], stri
     def draw(rng: np.random.Generator, volumes: Sequence, shared: np.ndarray, own: Sequence[np.ndarray]) -> np.ndarray:
         return sample_views(rng, volumes[0].shape, crop_size, OVERLAP, 0.0, shared, own)
 
-    return SampleStream(
-        volumes, seed, crop_size, False, "linear", STILL, TURNED, CHANGED, stride, 0.0, 2, draw, compare=compare
-    )
+    return SampleStream(volumes, seed, crop_size, False, "linear", STILL, TURNED, CHANGED, 2, draw, compare=compare)
 
 
 def without_labels(cells: Cells, volumes: Sequence[HeldVolume], stream: SampleStream, samples: int) -> dict[str, float]:

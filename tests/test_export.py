@@ -84,6 +84,7 @@ def test_the_model_s_code_needs_torch_and_transformers_only(demo):
         "image": {"nibabel", "numpy", "torch", "transformers"},
         "nifti.py": {"nibabel", "numpy"},
         "normalisation.py": {"numpy"},
+        "placement.py": {"numpy", "torch"},
         "volume.py": {"numpy", "scipy"},
     }
     for path in (demo[0] / "encoder").glob("*.py"):

@@ -48,6 +48,7 @@ FILES = {
     "image_processing_volume.py",
     "nifti.py",
     "normalisation.py",
+    "placement.py",
     "volume.py",
 }
 
@@ -288,7 +289,7 @@ def test_one_private_commit_and_back_in_a_clean_process(runs, hub, tmp_path):
     assert "hf_test" not in done.stdout + done.stderr
     repo = hub.repos["lab/brain"]
     assert repo.private
-    assert [commit["title"] for commit in repo.commits] == ["initial commit", "Publish the encoder"]
+    assert [commit["title"] for commit in repo.commits] == ["initial commit", "Publish the model"]
     assert set(repo.files) == FILES | {"configuration_primus.py", "modeling_primus.py", ".gitattributes"}
     card = repo.files["README.md"].decode()
     assert 'from_pretrained("lab/brain", trust_remote_code=True)' in card

@@ -29,6 +29,8 @@ ROOMS = (
     "planning",
     "evaluation",
     "pictures",
+    "evaluation",
+    "finetuning",
     "recipes",
     "ds_configs",
     "benchmarks",

@@ -3,16 +3,18 @@
     python benchmarks/evidence.py --data HIPPOCAMPUS --output runs/evidence
     python benchmarks/evidence.py --data HIPPOCAMPUS --output runs/evidence --networks resenc --arms MAE --seeds 1
 
-`--data` has images/ and labels/ with files of the same names (here: the 200 volumes of Decathlon's hippocampus, 1 mm). A
-part of the volumes is tested on and never pretrained on. Every arm takes as many FLOPs as all steps of
-recipes/small_NETWORK.yaml, counted; its learning rate is the one of `--rates` whose encoder, after a share of that, is
-probed best on training subjects. Then several seeds are pretrained, and frozen features probed with few labels.
+`--data` has images/ and labels/ with files of the same names, such as the hippocampus of the Medical Segmentation
+Decathlon. Some volumes are tested on and never pretrained on. Every arm takes as many FLOPs as all steps of
+recipes/small_NETWORK.yaml, counted; its learning rate is the one of `--rates` whose encoder, after a share of that,
+is probed best on training subjects. Then several seeds are pretrained, and frozen features probed with few labels.
 
 Done is done: killed or stopped, run it again; with more seeds, arms or budgets, only what is missing is computed.
-OUTPUT/results.json has every single result, OUTPUT/table.md and OUTPUT/curves.png what they come to.
+OUTPUT/results.json has every single result, OUTPUT/table.md and OUTPUT/curves.png what they come to. Overrides of the
+small recipes come first.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,21 +22,25 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.evidence_arms import ARMS, Arm, compute, flops_of_a_step, is_untrained, length, pretrain
+from benchmarks.evidence_arms import ARMS, FACTS, Arm, compute, flops_of_a_step, is_untrained, length, pretrain, speed
 from benchmarks.evidence_probe import WITHOUT_ENCODER, cells_of, kept, probe, read_labelled, split, tuning_score
+from benchmarks.evidence_report import Row, write_report
 from benchmarks.script_runs import open_recipe
 from training.preparation import prepare_data
 
-PARTS = ("pretrain", "probe", "finetune", "report")
+PARTS = ("pretrain", "probe", "report")
+CELLS_SECONDS, PROBE_SECONDS = 20, 3  # of all features of an encoder, of a fit and its scores: on one core, roughly
 
 
 class One(NamedTuple):
-    """An encoder to be pretrained, or one that was."""
+    """An encoder of the experiment; of a row without one, only the split counts."""
 
-    arm: str
     network: str
+    arm: str
     split: int
     seed: int
 
@@ -42,10 +48,14 @@ class One(NamedTuple):
         name = "_".join(self.arm.replace("+", "").replace(",", "").split())
         return output / self.network / name / f"split{self.split}_seed{self.seed}"
 
+    def __str__(self) -> str:
+        return f"{self.network}, {self.arm}, split {self.split}, seed {self.seed}"
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipes, of all arms")
     add("--data", type=Path, required=True, help="folder with images/ and labels/")
     add("--output", type=Path, required=True)
     add("--networks", nargs="+", choices=("primus", "resenc"), default=["primus", "resenc"])
@@ -57,101 +67,149 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tuning-share", type=float, default=0.25, help="of the compute, for each rate (%(default)s)")
     add("--budgets", nargs="+", type=int, default=[1, 2, 5, 10, 20, 40], help="labelled volumes (%(default)s)")
     add("--draws", type=int, default=4, help="of labelled volumes (%(default)s)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now")
-    add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipes, of all arms")
-    return parser.parse_intermixed_args(arguments)
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now (all)")
+    return parser.parse_args(arguments)
 
 
 class Experiment:
-    """What all arms share: volumes, splits, and where things are kept."""
+    """What all arms share: volumes, splits, and where results are kept."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.output = arguments, arguments.output
-        _, recipe = open_recipe(Arm().recipe("primus"), arguments.overrides)
-        self.volumes = read_labelled(arguments.data, recipe.data.orientation, recipe.data.spacing)
+    def __init__(self, asked: argparse.Namespace):
+        self.asked, self.output = asked, asked.output
+        _, recipe = open_recipe(Arm().recipe("primus"), asked.overrides)
+        self.volumes = read_labelled(asked.data, recipe.data.orientation, recipe.data.spacing)
         self.classes = 1 + max(int(volume.labels.max()) for volume in self.volumes)
-        self.splits = [split(len(self.volumes), arguments.test, number) for number in range(arguments.splits)]
-        self.prepared = prepare_data(arguments.data / "images", self.output / "prepared", recipe, resumes=True)
+        self.splits = [split(len(self.volumes), asked.test, number) for number in range(asked.splits)]
+        self.prepared = prepare_data(asked.data / "images", self.output / "prepared", recipe, resumes=True)
 
     def encoders(self) -> Iterator[One]:
-        """All that is asked for, arm by arm."""
-        asked = self.arguments
+        """All that are asked for: a seed of every arm before the next."""
+        asked = self.asked
         for network in asked.networks:
-            for arm in asked.arms:
-                if network in ARMS[arm].networks:
-                    yield from (One(arm, network, s, seed) for s in range(asked.splits) for seed in range(asked.seeds))
+            arms = [arm for arm in asked.arms if network in ARMS[arm].networks]
+            yield from (
+                One(network, arm, s, n) for n in range(asked.seeds) for s in range(asked.splits) for arm in arms
+            )
+
+    def without_encoder(self) -> Iterator[One]:
+        for name in WITHOUT_ENCODER:
+            yield from (One("", name, number, 0) for number in range(self.asked.splits))
+
+    # ----------------------------------------------------------------------- pretraining
 
     def numbers(self, one: One, rate: float | None, share: float) -> list[str]:
-        """Overrides of an encoder's recipe."""
-        arm, asked = ARMS[one.arm], self.arguments
+        """Overrides of an encoder's recipe; without a learning rate, of one that is not trained."""
+        arm, overrides = ARMS[one.arm], self.asked.overrides
         left_out = ",".join(self.volumes[number].name for number in self.splits[one.split].test)
-        numbers = [*asked.overrides, f"seed={one.seed}", f"data.leave_out=[{left_out}]"]
+        numbers = [*overrides, f"seed={one.seed}", f"data.leave_out=[{left_out}]"]
         if rate is None:
             return numbers
-        a_step = flops_of_a_step(arm.recipe(one.network), [*arm.overrides, *asked.overrides])
-        return [*numbers, *length(share * compute(one.network, asked.overrides), a_step), f"optimizer.learning_rate={rate}"]
+        a_step = flops_of_a_step(arm.recipe(one.network), [*arm.overrides, *overrides])
+        return [*numbers, *length(share * compute(one.network, overrides), a_step), f"optimizer.learning_rate={rate}"]
 
-    def hours(self) -> float:
-        """Of what is missing: pretraining by its FLOPs and a step that is timed now, the rest by `SECONDS`."""
-        asked, flops, seconds, speeds = self.arguments, 0.0, 0.0, {}
-        for one in self.encoders():
-            if "pretrain" in asked.parts and not is_untrained(one.arm):
-                if not (one.folder(self.output) / FACTS).exists():
-                    flops += compute(one.network, asked.overrides)
-    def tuned(self, one: One) -> float | None:
+    def rate(self, one: One) -> float | None:
         """The learning rate of an arm: that of the best probe on training subjects, of the first split and seed."""
         if is_untrained(one.arm):
             return None
-        first, asked = one._replace(split=0, seed=0), self.arguments
         scores = {}
-        for rate in asked.rates:
+        for rate in self.asked.rates:
+            first = one._replace(split=0, seed=0)
             folder = first.folder(self.output).with_name(f"rate{rate:g}")
-            pretrain(one.arm, one.network, self.numbers(first, rate, asked.tuning_share), self.prepared, folder)
-
-            def judge(folder: Path = folder) -> dict:
-                return {"dice": tuning_score(folder / "encoder", self.volumes, self.splits[0].pool, self.classes)}
-
-            scores[rate] = kept(folder / "tuning.json", judge)["dice"]
+            numbers = self.numbers(first, rate, self.asked.tuning_share)
+            pretrain(one.arm, one.network, numbers, self.prepared, folder)
+            judge = partial(tuning_score, folder / "encoder", self.volumes, self.splits[0].pool, self.classes)
+            scores[rate] = kept(folder / "tuning.json", lambda judge=judge: {"dice": judge()})["dice"]
         return max(scores, key=scores.get)
 
     def pretrain(self, one: One) -> dict:
-        rate = self.tuned(one)
-        return pretrain(
-            one.arm, one.network, self.numbers(one, rate, 1.0), self.prepared, one.folder(self.output)
-        )
+        numbers = self.numbers(one, self.rate(one), 1.0)
+        return pretrain(one.arm, one.network, numbers, self.prepared, one.folder(self.output))
+
+    # ----------------------------------------------------------------------- probing
+
+    def probe_file(self, one: One, budget: int) -> Path:
+        return one.folder(self.output) / f"probe_{budget}_{self.asked.draws}.json"
 
     def probe(self, one: One) -> None:
-        self._probe(one.folder(self.output), one.folder(self.output) / "encoder", one.split)
-
-    def probe_without_encoder(self) -> None:
-        for name in WITHOUT_ENCODER:
-            for number in range(len(self.splits)):
-                folder = self.output / "without_encoder" / name.replace(" ", "_") / f"split{number}_seed0"
-                self._probe(folder, name, number)
-
-    def _probe(self, folder: Path, encoder: Path | str, number: int) -> None:
         """Keep a file for each number of labelled volumes."""
-        asked, cases = self.arguments, cache(partial(cells_of, encoder, self.volumes))
-        for budget in asked.budgets:
-            how = self.volumes, self.splits[number], self.classes, budget, asked.draws
-            kept(folder / f"probe_{budget}_{asked.draws}.json", lambda how=how: probe(cases(), *how))
+        encoder = one.folder(self.output) / "encoder" if one.network else one.arm
+        cases = cache(partial(cells_of, encoder, self.volumes))
+        for budget in self.asked.budgets:
+            how = self.volumes, self.splits[one.split], self.classes, budget, self.asked.draws
+            kept(self.probe_file(one, budget), lambda how=how: probe(cases(), *how))
 
+    # ----------------------------------------------------------------------- before and after
 
-def main(arguments: argparse.Namespace) -> None:
-    experiment = Experiment(arguments)
-    say(f"predicted   {experiment.hours():.1f} h on this machine as it is now")
-    experiment.probe_without_encoder()
-    for one in experiment.encoders():
-        if "pretrain" in arguments.parts:
-            facts = experiment.pretrain(one)
-            say(f"pretrained  {one}: {facts['steps']} steps, {facts.get('seconds', 0):.0f} s")
-        if "probe" in arguments.parts:
-            experiment.probe(one)
-            say(f"probed      {one}")
+    def hours(self) -> float:
+        """What is missing will take: pretraining by its FLOPs and a step that is timed now, probing roughly."""
+        asked, seconds = self.asked, 0.0
+        for network in asked.networks:
+            missing = [
+                one
+                for one in self.encoders()
+                if one.network == network
+                and not is_untrained(one.arm)
+                and not (one.folder(self.output) / FACTS).exists()
+            ]
+            if missing and "pretrain" in asked.parts:
+                arms = {one.arm for one in missing if one.seed == one.split == 0}
+                whole = len(missing) + len(arms) * len(asked.rates) * asked.tuning_share
+                seconds += whole * compute(network, asked.overrides) / speed(network, asked.overrides)
+        if "probe" in asked.parts:
+            for one in (*self.encoders(), *self.without_encoder()):
+                missing = sum(not self.probe_file(one, budget).exists() for budget in asked.budgets)
+                seconds += (CELLS_SECONDS + PROBE_SECONDS * asked.draws * missing) * (missing > 0)
+        return seconds / 3600
+
+    def rows(self) -> list[Row]:
+        """Of what there is, whether all was asked for or not."""
+        found: dict[tuple[str, str], dict[str, dict[int, list]]] = {}
+        for one in (*self.encoders(), *self.without_encoder()):
+            for budget in self.asked.budgets:
+                if (path := self.probe_file(one, budget)).exists():
+                    for score, values in json.loads(path.read_text()).items():
+                        scores = found.setdefault((one.network, one.arm), {}).setdefault(score, {})
+                        scores.setdefault(budget, []).append(values)
+        return [
+            Row(*key, "probe", {s: {b: np.array(v) for b, v in by.items()} for s, by in scores.items()})
+            for key, scores in found.items()
+        ]
+
+    def facts(self) -> list[dict]:
+        paths = (one.folder(self.output) / FACTS for one in self.encoders())
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    def describe(self) -> str:
+        """The first lines of the table."""
+        asked, pool, test = self.asked, *map(len, self.splits[0])
+        return (
+            f"{pool} volumes to pretrain on and to draw labels from, {test} test cases; {asked.splits} split(s), "
+            f"{asked.draws} draws of labels, seeds as listed. Intervals are over seeds, draws and cases. Where the "
+            "data do not say who is who, a person may be in two volumes."
+        )
 
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+def main(asked: argparse.Namespace) -> None:
+    experiment = Experiment(asked)
+    say(f"predicted   {experiment.hours():.1f} h, on this machine as busy as it is now")
+    for one in experiment.encoders():
+        if "pretrain" in asked.parts:
+            facts = experiment.pretrain(one)
+            say(f"pretrained  {one}: {facts['steps']} steps, {facts.get('seconds', 0):.0f} s")
+        if "probe" in asked.parts:
+            experiment.probe(one)
+            say(f"probed      {one}")
+    if "probe" in asked.parts:
+        for one in experiment.without_encoder():
+            experiment.probe(one)
+            say(f"probed      {one.arm}, split {one.split}")
+    if "report" in asked.parts:
+        write_report(experiment.rows(), experiment.facts(), experiment.describe(), vars(asked), experiment.output)
+        say(f"written     {experiment.output / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The arms of evidence.py: what is pretrained, under equal compute, and the published misalignment as an ablation."""
 
 import json
+import math
 import multiprocessing
 import shutil
 import time
@@ -27,6 +28,7 @@ from training.run import Run
 ROOT = Path(__file__).resolve().parents[1]
 NOT_DENSE, NOT_POOLED = ["loss.consistency=none", "loss.consistency_weight=0"], ["loss.contrastive_weight=0"]
 UNTRAINED = "untrained"
+FACTS = "pretraining.json"
 
 
 class Arm(NamedTuple):
@@ -80,6 +82,18 @@ def compute(network: str, overrides: Sequence[str]) -> int:
     return flops_of_a_step(path, overrides) * open_recipe(path, list(overrides))[1].train.steps
 
 
+def speed(network: str, overrides: Sequence[str]) -> float:
+    """FLOPs a second of this machine now, by a step of the base recipe."""
+    path = Arm().recipe(network)
+    script, recipe = open_recipe(path, list(overrides))
+    model = script.build_model(recipe)
+    batch = noise_batch(script.build_stream, script.make_batch, recipe, recipe.train.batch_size)
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        model(**batch)["loss"].backward()
+    return flops_of_a_step(path, overrides) / (time.perf_counter() - started)
+
+
 def length(flops: float, a_step: float) -> list[str]:
     """As many steps as these FLOPs allow, a tenth of them warm-up, as overrides of a recipe."""
     steps = max(2, round(flops / a_step))
@@ -94,7 +108,7 @@ def pretrain(name: str, network: str, overrides: Sequence[str], data: Path, outp
         overrides: on top of the arm's: seed, learning rate, length, and who is left out.
         data: prepared volumes.
     """
-    facts = output / "pretraining.json"
+    facts = output / FACTS
     if not facts.exists():
         shutil.rmtree(output, ignore_errors=True)  # of a run that was killed: it is short
         known = apart(_pretrain, name, network, list(overrides), data, output)
@@ -153,43 +167,42 @@ def _keep(encoder: torch.nn.Module, output: Path) -> None:
 # --------------------------------------------------------------------------- where the published code compares
 
 
-def misaligned_stream(build_stream, volumes: Sequence, recipe: train_cva.CVARecipe) -> SampleStream:
+def misaligned_stream(build_stream: Callable, volumes: Sequence, recipe: Recipe) -> SampleStream:
     """The stream of CVA, but for the places where views are compared."""
-    stream, views = build_stream(volumes, recipe), recipe.views
-    stream.compare = partial(misaligned_points, views.crop_size, views.cells, views.samples_per_cell)
-    stream.compare.keywords["stride"] = recipe.model.dense_stride
+    stream = build_stream(volumes, recipe)
+    stream.compare = partial(misaligned_points, **stream.compare.keywords)
     return stream
 
 
 def misaligned_points(
+    affines: torch.Tensor,
     crop_size: tuple[int, ...],
     cells: tuple[int, ...],
     samples_per_cell: tuple[int, ...],
-    affines: torch.Tensor,
-    stride: int,
+    feature_stride: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where CVA's published code reads dense features of two views; see `data.views.alignment_points`.
+    """Where CVA's published code reads dense features of two views, in place of `data.views.alignment_points`.
 
-    Its boxes claim the fraction `f` that was drawn for an axis, though the crops share `2 floor(p f / 2)` of `p` voxels;
-    those of the first and the last axis are exchanged; and fraction `t` of a crop is read at cell `t (n - 1)` of `n`
-    instead of `t n - 1/2`. Of an axis on which crops share `o` voxels, `p f` was uniform in `[o, o + 2)`, and is drawn
-    anew, seeded by the views. There the second crop lies higher on all axes; where it is lower, the same is mirrored.
-    Views that are turned against each other are not meant.
+    Its boxes claim the fraction `f` that was drawn for an axis, though crops of `p` voxels share `2 floor(p f / 2)` of
+    them; those of the first and the last axis are exchanged; and fraction `t` of a crop is read at cell `t (n - 1)` of
+    `n` instead of `t n - 1/2`. Of an axis on which crops share `o` voxels, `p f` was uniform in `[o, o + 2)`, and is
+    drawn anew, seeded by the views. There the second crop lies higher on all axes; where it is lower, the same is
+    mirrored. Views that are turned against each other are not meant.
 
     Returns:
         Points `[2, P, S, 3]` in voxels of each crop, and that all cells are inside `[P]`.
     """
-    size = torch.tensor(crop_size, dtype=affines.dtype)
+    size, stride = (torch.tensor(numbers, dtype=affines.dtype) for numbers in (crop_size, feature_stride))
     rng = np.random.default_rng(np.frombuffer(affines.numpy().tobytes(), np.uint32))
-    shift = to_crop(affines[0], affines[1][:, 3]).round()  # of view 2 in voxels of view 1
-    claimed = (size - shift.abs() + torch.from_numpy(rng.uniform(0, 2, 3)).to(size)).minimum(size) / size
-    claimed = claimed.flip(-1)
-    upper, whole = torch.stack((1 - claimed, torch.ones(3).to(size))), torch.stack((torch.zeros(3).to(size), claimed))
-    boxes = torch.stack([torch.where(low, upper, whole) for low in (shift >= 0, shift < 0)])  # [2 views, low | high, 3]
-    (low, high), count = boxes.unbind(1), [n * s for n, s in zip(cells, samples_per_cell)]
-    grid = torch.meshgrid(*(torch.linspace(0, 1, n, dtype=size.dtype) for n in count), indexing="ij")
-    unit = torch.stack(grid, dim=-1).view(*(n for pair in zip(cells, samples_per_cell) for n in pair), 3)
-    unit = unit.permute(0, 2, 4, 1, 3, 5, 6).reshape(np.prod(cells), np.prod(samples_per_cell), 3)
-    fraction = low[:, None, None] + (high - low)[:, None, None] * unit  # [2, P, S, 3]
-    points = fraction * (size / stride - 1) * stride + (stride - 1) / 2  # the centre of cell k lies at s k + (s - 1) / 2
-    return points, torch.ones(len(unit), dtype=torch.bool)
+    shift = to_crop(affines[0], affines[1][:, 3]).round()  # of view 2, in voxels of view 1
+    claimed = (size - shift.abs() + torch.from_numpy(rng.uniform(0, 2, 3))).minimum(size) / size
+    claimed, none = claimed.flip(-1), torch.zeros_like(size)
+    lower, upper = torch.stack((1 - claimed, none + 1)), torch.stack((none, claimed))  # of the lower crop, of the upper
+    boxes = torch.stack([torch.where(is_lower, lower, upper) for is_lower in (shift >= 0, shift < 0)])
+    low, high = boxes[:, :, None, None].unbind(1)  # [2, 1, 1, 3]
+    axes = [torch.linspace(0, 1, n * s, dtype=size.dtype).view(n, s) for n, s in zip(cells, samples_per_cell)]
+    grid = torch.meshgrid(*(axis.flatten() for axis in axes), indexing="ij")
+    unit = torch.stack(grid, dim=-1).view(*(n for axis in axes for n in axis.shape), 3)  # [x, sx, y, sy, z, sz, 3]
+    unit = unit.permute(0, 2, 4, 1, 3, 5, 6).reshape(math.prod(cells), math.prod(samples_per_cell), 3)
+    cell = (low + (high - low) * unit) * (size / stride - 1)
+    return cell * stride + (stride - 1) / 2, torch.ones(len(unit), dtype=torch.bool)

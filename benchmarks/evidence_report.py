@@ -1,6 +1,7 @@
 """What the results of evidence.py come to: tables with intervals and corrected tests, and curves as one picture."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from evaluation.scores import holm, paired_test
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
+NAMES = {"dice": "Dice", "nsd": "NSD at 1 mm"}
 COMPARED = [  # what is asked: whether the first is better than the second
     ("MAE", "untrained"),
     ("MAE + contrastive", "MAE"),
@@ -68,11 +70,11 @@ def score_table(rows: Sequence[Row], score: str, structure: int | None = None) -
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """Differences in Dice, mean over the numbers of labels that both have and over structures, of `COMPARED` arms.
+    """Differences in Dice of `COMPARED` arms, mean over the numbers of labels that both have and over structures.
 
-    `p` is of a permutation test over cases, each averaged over seeds and labels: it says that these encoders differ, and
-    is corrected for all tests of the table (Holm). The interval is over seeds, labels and cases; the last column has the
-    difference seed by seed. An arm is called better, or worse, where both leave no doubt.
+    `p` is of a permutation test over cases, each averaged over seeds and labels: it says that these encoders differ,
+    and is corrected for all tests of the table (Holm). The interval is over seeds, labels and cases; the last column
+    has the difference seed by seed. An arm is called better, or worse, where both leave no doubt.
     """
     by_arm = {(row.network, row.arm): row for row in rows}
     pairs = {}
@@ -117,6 +119,24 @@ def cost_table(facts: Sequence[dict]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def write_report(rows: Sequence[Row], facts: Sequence[dict], about: str, asked: Mapping, folder: Path) -> None:
+    """Write `table.md`, `curves.png`, and `results.json` with every single result."""
+    structures = max(values.shape[-1] for row in rows for values in row.scores["dice"].values())
+    parts = [about, "## Dice, mean over structures\n", score_table(rows, "dice")]
+    for score in ("dice", "nsd"):
+        for structure in range(structures):
+            parts += [f"## {NAMES[score]} of structure {structure + 1}\n", score_table(rows, score, structure)]
+    parts += ["## Which differ\n", comparison_table(rows), "## What pretraining took\n", cost_table(facts)]
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n")
+    results = [
+        row._asdict() | {"scores": {name: {b: v.tolist() for b, v in by.items()} for name, by in row.scores.items()}}
+        for row in rows
+    ]
+    known = {"asked": {key: str(value) for key, value in asked.items()}, "pretraining": facts, "results": results}
+    (folder / "results.json").write_text(json.dumps(known))
+    draw_curves([row for row in rows if row.network], [row for row in rows if not row.network], folder / "curves.png")
 
 
 def draw_curves(rows: Sequence[Row], baselines: Sequence[Row], path: Path) -> None:

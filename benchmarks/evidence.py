@@ -6,7 +6,8 @@
 `--data` has images/ and labels/ with files of the same names, such as the hippocampus of the Medical Segmentation
 Decathlon. Some volumes are tested on and never pretrained on. Every arm takes as many FLOPs as all steps of
 recipes/small_NETWORK.yaml, counted; its learning rate is the one of `--rates` whose encoder, after a share of that,
-is probed best on training subjects. Then several seeds are pretrained, and frozen features probed with few labels.
+is probed best on training subjects. Then several seeds are pretrained, their frozen features are probed with few
+labels, and the core arms are fine-tuned by recipes/segmentation_small.yaml.
 
 Done is done: killed or stopped, run it again; with more seeds, arms or budgets, only what is missing is computed.
 OUTPUT/results.json has every single result, OUTPUT/table.md and OUTPUT/curves.png what they come to. Overrides of the
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +28,26 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.evidence_arms import ARMS, FACTS, Arm, compute, flops_of_a_step, is_untrained, length, pretrain, speed
+from benchmarks.evidence_arms import (
+    ARMS,
+    CORE,
+    FACTS,
+    Arm,
+    compute,
+    flops_of_a_step,
+    is_untrained,
+    length,
+    pretrain,
+    speed,
+)
+from benchmarks.evidence_finetune import fine_tune
 from benchmarks.evidence_probe import WITHOUT_ENCODER, cells_of, kept, probe, read_labelled, split, tuning_score
 from benchmarks.evidence_report import Row, write_report
 from benchmarks.script_runs import open_recipe
 from training.preparation import prepare_data
 
-PARTS = ("pretrain", "probe", "report")
-CELLS_SECONDS, PROBE_SECONDS = 20, 3  # of all features of an encoder, of a fit and its scores: on one core, roughly
+PARTS = ("pretrain", "probe", "finetune", "report")
+CELLS_SECONDS, PROBE_SECONDS, FINETUNE_SECONDS = 20, 3, 60  # of features, of a fit and of a run: on one core, roughly
 
 
 class One(NamedTuple):
@@ -67,6 +81,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tuning-share", type=float, default=0.25, help="of the compute, for each rate (%(default)s)")
     add("--budgets", nargs="+", type=int, default=[1, 2, 5, 10, 20, 40], help="labelled volumes (%(default)s)")
     add("--draws", type=int, default=4, help="of labelled volumes (%(default)s)")
+    add("--finetune-arms", nargs="*", choices=ARMS, default=list(CORE), metavar="ARM", help="(the core)")
+    add("--finetune-budgets", nargs="+", type=int, default=[2, 10], help="labelled volumes (%(default)s)")
+    add("--finetune-draws", type=int, default=2, help="of labelled volumes (%(default)s)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now (all)")
     return parser.parse_args(arguments)
 
@@ -80,7 +97,9 @@ class Experiment:
         self.volumes = read_labelled(asked.data, recipe.data.orientation, recipe.data.spacing)
         self.classes = 1 + max(int(volume.labels.max()) for volume in self.volumes)
         self.splits = [split(len(self.volumes), asked.test, number) for number in range(asked.splits)]
-        self.prepared = prepare_data(asked.data / "images", self.output / "prepared", recipe, resumes=True)
+        self.prepared = prepare_data(
+            asked.data / "images", self.output / "labelled", recipe, resumes=True, labels=asked.data / "labels"
+        )
 
     def encoders(self) -> Iterator[One]:
         """All that are asked for: a seed of every arm before the next."""
@@ -138,6 +157,25 @@ class Experiment:
             how = self.volumes, self.splits[one.split], self.classes, budget, self.asked.draws
             kept(self.probe_file(one, budget), lambda how=how: probe(cases(), *how))
 
+    # ----------------------------------------------------------------------- fine-tuning
+
+    def finetune_files(self, one: One) -> dict[tuple[int, int], Path]:
+        """By number of labelled volumes, and draw of them."""
+        asked, folder = self.asked, one.folder(self.output)
+        if one.arm not in asked.finetune_arms:
+            return {}
+        grid = product(asked.finetune_budgets, range(asked.finetune_draws))
+        return {(budget, number): folder / f"finetune_{budget}_{number}.json" for budget, number in grid}
+
+    def finetune(self, one: One) -> None:
+        folder, parts = one.folder(self.output), self.splits[one.split]
+        for (budget, number), path in self.finetune_files(one).items():
+            where = folder / "encoder", self.prepared, folder / "finetuning"
+            run = partial(fine_tune, *where, self.volumes, parts, self.classes, budget, number)
+            started = time.perf_counter()
+            kept(path, run)
+            say(f"fine-tuned  {one}: {budget} volumes, draw {number}, {time.perf_counter() - started:.0f} s")
+
     # ----------------------------------------------------------------------- before and after
 
     def hours(self) -> float:
@@ -159,20 +197,32 @@ class Experiment:
             for one in (*self.encoders(), *self.without_encoder()):
                 missing = sum(not self.probe_file(one, budget).exists() for budget in asked.budgets)
                 seconds += (CELLS_SECONDS + PROBE_SECONDS * asked.draws * missing) * (missing > 0)
+        if "finetune" in asked.parts:
+            paths = [path for one in self.encoders() for path in self.finetune_files(one).values()]
+            seconds += FINETUNE_SECONDS * sum(not path.exists() for path in paths)
         return seconds / 3600
 
     def rows(self) -> list[Row]:
         """Of what there is, whether all was asked for or not."""
-        found: dict[tuple[str, str], dict[str, dict[int, list]]] = {}
+        found: dict[tuple[str, str, str], dict[str, dict[int, list]]] = {}
+
+        def note(one: One, how: str, budget: int, scores: dict[str, list]) -> None:
+            row = found.setdefault((one.network, one.arm, how), {})
+            for score, values in scores.items():
+                row.setdefault(score, {}).setdefault(budget, []).append(values)
+
         for one in (*self.encoders(), *self.without_encoder()):
             for budget in self.asked.budgets:
                 if (path := self.probe_file(one, budget)).exists():
-                    for score, values in json.loads(path.read_text()).items():
-                        scores = found.setdefault((one.network, one.arm), {}).setdefault(score, {})
-                        scores.setdefault(budget, []).append(values)
+                    note(one, "probe", budget, json.loads(path.read_text()))
+            for budget in self.asked.finetune_budgets:
+                paths = [path for (labelled, _), path in self.finetune_files(one).items() if labelled == budget]
+                if all(path.exists() for path in paths) and paths:
+                    draws = [json.loads(path.read_text()) for path in paths]
+                    note(one, "finetune", budget, {score: [d[score] for d in draws] for score in draws[0]})
         return [
-            Row(*key, "probe", {s: {b: np.array(v) for b, v in by.items()} for s, by in scores.items()})
-            for key, scores in found.items()
+            Row(*key, {score: {budget: np.array(v, float) for budget, v in by.items()} for score, by in row.items()})
+            for key, row in found.items()
         ]
 
     def facts(self) -> list[dict]:
@@ -203,6 +253,8 @@ def main(asked: argparse.Namespace) -> None:
         if "probe" in asked.parts:
             experiment.probe(one)
             say(f"probed      {one}")
+        if "finetune" in asked.parts:
+            experiment.finetune(one)
     if "probe" in asked.parts:
         for one in experiment.without_encoder():
             experiment.probe(one)

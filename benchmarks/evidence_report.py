@@ -10,6 +10,7 @@ import numpy as np
 from evaluation.scores import holm, paired_test
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
+TITLES = {"probe": "linear probe of frozen features", "finetune": "fine-tuned"}
 NAMES = {"dice": "Dice", "nsd": "NSD at 1 mm"}
 COMPARED = [  # what is asked: whether the first is better than the second
     ("MAE", "untrained"),
@@ -124,11 +125,16 @@ def _line(cells: Sequence[str]) -> str:
 def write_report(rows: Sequence[Row], facts: Sequence[dict], about: str, asked: Mapping, folder: Path) -> None:
     """Write `table.md`, `curves.png`, and `results.json` with every single result."""
     structures = max(values.shape[-1] for row in rows for values in row.scores["dice"].values())
-    parts = [about, "## Dice, mean over structures\n", score_table(rows, "dice")]
-    for score in ("dice", "nsd"):
-        for structure in range(structures):
-            parts += [f"## {NAMES[score]} of structure {structure + 1}\n", score_table(rows, score, structure)]
-    parts += ["## Which differ\n", comparison_table(rows), "## What pretraining took\n", cost_table(facts)]
+    parts = [about]
+    for how in dict.fromkeys(row.how for row in rows):
+        there, title = [row for row in rows if row.how == how], TITLES[how]
+        parts += [f"## Dice, mean over structures: {title}", score_table(there, "dice")]
+        parts += [f"## Which differ: {title}", comparison_table(there)]
+        for score in ("dice", "nsd"):
+            for structure in range(structures):
+                name = f"{NAMES[score]} of structure {structure + 1}: {title}"
+                parts += [f"## {name}", score_table(there, score, structure)]
+    parts += ["## What pretraining took", cost_table(facts)]
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
     results = [
         row._asdict() | {"scores": {name: {b: v.tolist() for b, v in by.items()} for name, by in row.scores.items()}}
@@ -158,9 +164,6 @@ def draw_curves(rows: Sequence[Row], baselines: Sequence[Row], path: Path) -> No
         axes.legend(fontsize=7)
     figure.axes[0].set_ylabel("Dice, mean over structures and cases")
     figure.savefig(path, dpi=120)
-
-
-TITLES = {"probe": "linear probe, frozen", "finetune": "fine-tuned"}
 
 
 def _draw(axes, row: Row, number: int, dashed: bool) -> None:

@@ -11,6 +11,7 @@ from evaluation.scores import holm, paired_test
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
 TITLES = {"probe": "linear probe of frozen features", "finetune": "fine-tuned"}
+FEWEST_SEEDS = 3  # of pretraining: fewer do not tell arms from luck
 NAMES = {"dice": "Dice", "nsd": "NSD at 1 mm"}
 COMPARED = [  # what is asked: whether the first is better than the second
     ("MAE", "untrained"),
@@ -76,6 +77,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     `p` is of a permutation test over cases, each averaged over seeds and labels: it says that these encoders differ,
     and is corrected for all tests of the table (Holm). The interval is over seeds, labels and cases; the last column
     has the difference seed by seed. An arm is called better, or worse, where both leave no doubt.
+    Fewer than `FEWEST_SEEDS` are not judged.
     """
     by_arm = {(row.network, row.arm): row for row in rows}
     pairs = {}
@@ -93,6 +95,8 @@ def comparison_table(rows: Sequence[Row]) -> str:
         mean, low, high = interval(a - b)
         sure = corrected[key] < 1 - LEVEL and low * high > 0
         verdict = ("better" if mean > 0 else "worse") if sure else "no difference shown"
+        if len(a) < FEWEST_SEEDS:
+            verdict = f"not judged, {len(a)} seed{'s' * (len(a) > 1)}"
         seeds = ", ".join(f"{value:+.3f}" for value in (a - b).mean((1, 2)))
         lines.append(_line([*key, in_words(a - b, signed=True), f"{corrected[key]:.4f}", verdict, seeds]))
     return "\n".join(lines)

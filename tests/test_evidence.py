@@ -122,6 +122,9 @@ def test_a_difference_is_called_one_only_where_seeds_and_cases_agree():
     assert "+0.100 [" in trained
     assert "| no difference shown |" in aligned
     assert "+0.060, -0.050, +0.020" in aligned
+    few = comparison_table([row("untrained", base[:2] - 0.1), row("MAE", base[:2])])
+    assert "| not judged, 2 seeds |" in few
+    assert "better" not in few
 
 
 def test_the_interval_holds_the_mean_and_grows_with_the_spread_of_seeds():

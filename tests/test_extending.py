@@ -29,7 +29,6 @@ ROOMS = (
     "planning",
     "evaluation",
     "pictures",
-    "evaluation",
     "finetuning",
     "recipes",
     "ds_configs",

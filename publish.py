@@ -16,7 +16,8 @@ Once you have seen it there, for everyone:
 What is published is an OUTPUT of a script, finished or not, or a folder in it (encoder/, of finetune.py model/), or a
 bundle. A bundle holds config.json, model.safetensors and the code for `AutoModel` (of a fine-tuned model,
 `AutoModelForSemanticSegmentation`), preprocessor_config.json for `AutoImageProcessor`, the model card, with the scores
-of a fine-tuned model, and of an encoder checkpoint_final.pth and adaptation_plan.json where nnU-Net has such a network.
+of a fine-tuned model, and of an encoder checkpoint_final.pth, adaptation_plan.json and nnunet_plans.json where nnU-Net
+has such a network.
 
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
 average, which has seen whole, unmasked crops.
@@ -39,7 +40,7 @@ from finetuning.segmentation_card import segmentation_card
 from models import architecture, load_encoder, load_segmentation
 from models.conversion import reference_names
 from models.modeling_segmentation import SegmentationModel
-from models.nnunet import adaptation_plan, checkpoint, fresh_decoder
+from models.nnunet import adaptation_plan, checkpoint, fresh_decoder, released_plans
 from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
 from models.weight_files import read_json, read_weights
 from training.command_line import is_for_the_user, run
@@ -56,6 +57,7 @@ from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
 
 PLAN = "adaptation_plan.json"
+RELEASED_PLANS = "nnunet_plans.json"
 BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "LICENSE",
     "README.md",
@@ -74,6 +76,7 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     OF_FINE_TUNING,
     NNUNET_CHECKPOINT,
     PLAN,
+    RELEASED_PLANS,
 }
 
 
@@ -165,6 +168,8 @@ def write_bundle(
     except RuntimeError as error:  # so torch reports a full disk
         raise OSError(f"{NNUNET_CHECKPOINT}: {error}") from error
     (folder / PLAN).write_text(json.dumps(adaptation_plan(encoder.config, name), indent=1))
+    if plans := released_plans(encoder.config):
+        (folder / RELEASED_PLANS).write_text(json.dumps(plans, indent=1))
 
 
 def fine_tuned_folder(source: Path) -> Path | None:

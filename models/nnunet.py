@@ -1,7 +1,8 @@
-"""An encoder as nnU-Net reads it: one checkpoint for both of its loaders, and the adaptation plan inside it.
+"""An encoder as nnU-Net reads it: one checkpoint for both of its loaders, and a plan for each.
 
-nnU-Net's fine-tuning path builds the network that the plan names and loads encoder and stem, strictly, by the plan's
-keys. Its older `-pretrained_weights` demands every tensor of the network but the segmentation layers.
+nnU-Net's fine-tuning path builds the network that the adaptation plan names and loads encoder and stem, strictly, by
+the plan's keys. Its older `-pretrained_weights` demands every tensor of the network but the segmentation layers, so
+that `released_plans` must make it build this very network.
 """
 
 import re
@@ -12,6 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import architecture, names_in_nnunet
 from .conversion import to_reference
+
+CONFIGURATION = "pretrained"  # of released nnU-Net, beside its 2d and 3d_fullres
 
 
 def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
@@ -68,6 +71,30 @@ def adaptation_plan(config: PretrainedConfig, name: str) -> dict:
         "recommended_downstream_patchsize": patch_size,
         **names.keys,
     }
+
+
+def released_plans(config: PretrainedConfig) -> dict | None:
+    """A plans file for release 2.8.1, to be completed for a data set by its planner; None if it loads no such network.
+
+    The planner keeps configurations of other names than its own in a file that it finds. This one, `CONFIGURATION`, is
+    the encoder's network, crop, spacing and normalisation, on top of what the planner finds for "3d_fullres".
+    """
+    architecture_of = names_in_nnunet(config.model_type).released
+    if architecture_of is None:
+        return None
+    spacing, normalization = config.preprocessing["spacing"], _normalization(config)
+    native = spacing == "native"
+    spelled = "native" if native else "_".join(f"{s:g}" for s in spacing)
+    configuration = {
+        "inherits_from": "3d_fullres",
+        "data_identifier": f"{CONFIGURATION}_{spelled}_{normalization}",  # the folder of what is prepared in this way
+        "batch_size": 2,  # the least that it plans
+        "patch_size": list(config.image_size),
+        "normalization_schemes": [normalization] * config.num_channels,
+        "use_mask_for_norm": [False] * config.num_channels,
+        "architecture": architecture_of(config),
+    }
+    return {"configurations": {CONFIGURATION: configuration | ({} if native else {"spacing": spacing})}}
 
 
 def normalises_otherwise(config: PretrainedConfig) -> str | None:

@@ -21,9 +21,10 @@ class NnunetNames(NamedTuple):
     anchor: str  # a tensor that is in each of their checkpoints, and in those of no other architecture
     tensor: Callable[[str, PretrainedConfig], list[str]]  # all names of one of ours, see `reference_names`
     network: Callable[[PretrainedConfig], dict[str, Any]]  # their class, and its numbers unless the name implies them
+    released: Callable[[PretrainedConfig], dict[str, Any]] | None  # the same for release 2.8.1, which loads it whole
     keys: dict[str, Any]  # of the adaptation plan: where encoder, stem and position embedding are
     trainer: str  # that fine-tunes it on nnU-Net's main branch
-    decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that release 2.8.1 loads whole
+    decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that the release loads
     from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
     idle: Callable[[PretrainedConfig], Weights]  # what a network to segment holds and does not use, under their names
 
@@ -103,6 +104,7 @@ PRIMUS = NnunetNames(
     anchor="down_projection.proj.weight",
     tensor=_primus_names,
     network=_primus_network,
+    released=None,
     keys={
         "key_to_encoder": "eva",
         "key_to_stem": "down_projection",
@@ -148,26 +150,32 @@ def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
 def _resenc_network(config: PretrainedConfig) -> dict[str, Any]:
     if all(getattr(config, key) == value for key, value in RESENC_L.items()):
         return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-    stages = len(config.depths)
-    numbers = {
-        "n_stages": stages,
-        "features_per_stage": config.hidden_sizes,
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": [[stride] * 3 for stride in config.strides],
-        "n_blocks_per_stage": config.depths,
-        "n_conv_per_stage_decoder": [1] * (stages - 1),
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": config.norm_eps, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    name, numbers, imported = _resenc_architecture(config).values()
     return {"arch_class_name": name, "arch_kwargs": numbers, "arch_kwargs_requiring_import": imported}
+
+
+def _resenc_architecture(config: PretrainedConfig) -> dict[str, Any]:
+    stages = len(config.depths)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": config.hidden_sizes,
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * stages,
+            "strides": [[stride] * 3 for stride in config.strides],
+            "n_blocks_per_stage": config.depths,
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": config.norm_eps, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
 
 
 def _layers_of_deep_supervision(config: PretrainedConfig) -> Weights:
@@ -184,6 +192,7 @@ RESENC = NnunetNames(
     anchor="encoder.stem.convs.0.conv.weight",
     tensor=_resenc_names,
     network=_resenc_network,
+    released=_resenc_architecture,
     keys={
         "key_to_encoder": "encoder.stages",
         "key_to_stem": "encoder.stem",

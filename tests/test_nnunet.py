@@ -2,6 +2,7 @@
 
 import json
 import pydoc
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from dynamic_network_architectures.architectures.primus import PrimusB, PrimusL, PrimusM, PrimusS
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_reference import difference, tokens_of
 
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, architecture
 from models.masked_resenc import MaskedResEnc
-from models.nnunet import adaptation_plan, checkpoint
+from models.nnunet import CONFIGURATION, adaptation_plan, checkpoint, released_plans
 from models.warm_start import load_pretrained
 from training.model_card import model_card, nnunet_section
 from training.student import preprocessing
@@ -148,6 +150,51 @@ def test_the_released_loader_takes_the_whole_resenc_l(decoder, tmp_path, capsys)
             network(crop)
             student.decoder(encoder(crop, output_hidden_states=True).hidden_states)
         assert difference(seen[1], seen[0]) < 1e-5
+
+
+def completed_by_the_planner(plans):
+    """What nnU-Net's planner adds to configurations of a file that it finds: its own (here what ours builds on)."""
+    own = {"batch_size": 7, "batch_dice": True, "spacing": [3.0, 1.0, 1.0], "data_identifier": "nnUNetPlans_3d_fullres"}
+    return PlansManager({"configurations": {"3d_fullres": own, **json.loads(json.dumps(plans))["configurations"]}})
+
+
+@pytest.mark.parametrize("spacing", ["native", [1.0, 1.5, 1.0]])
+def test_the_released_plans_build_the_bundle_s_network(spacing, tmp_path):
+    encoder = resenc((32, 24, 40), **TINY_RESENC, num_channels=2)
+    encoder.config.preprocessing |= {"spacing": spacing}
+    configuration = completed_by_the_planner(released_plans(encoder.config)).get_configuration(CONFIGURATION)
+    assert configuration.patch_size == [32, 24, 40]
+    assert configuration.spacing == ([3.0, 1.0, 1.0] if spacing == "native" else spacing)
+    assert configuration.normalization_schemes == ["ZScoreNormalization"] * 2
+    assert configuration.use_mask_for_norm == [False] * 2
+    assert configuration.batch_dice  # as planned for the data
+    assert configuration.data_identifier != "nnUNetPlans_3d_fullres"
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        2,
+        5,
+        deep_supervision=True,
+    )
+    with (
+        pytest.warns(UserWarning, match="choose its spacing by hand") if spacing != "native" else nullcontext()
+    ):  # which axis is which
+        content = checkpoint(encoder, None, "test", {})
+    load_pretrained_weights(network, written(content, tmp_path))
+    assert_same_features(network, encoder, torch.randn(1, 2, 32, 24, 40))
+
+
+def test_the_released_plans_of_resenc_l_are_its_numbers():
+    config = ResEncConfig(image_size=(64, 64, 64), preprocessing=preprocessing("RAS", (1.0, 1.0, 1.0), (64, 64, 64)))
+    (configuration,) = released_plans(config)["configurations"].values()
+    assert configuration["architecture"]["arch_kwargs"] == RESENC_L
+
+
+def test_the_release_loads_no_primus():
+    config = primus(**TINY_PRIMUS).config
+    assert released_plans(config) is None  # its decoder's last layer, of as many classes as the data, must fit too
+    assert "-pretrained_weights" not in nnunet_section(primus(**TINY_PRIMUS), "folder", False, "run", False)
 
 
 @pytest.mark.slow

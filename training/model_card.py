@@ -5,7 +5,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from models import architecture
-from models.nnunet import normalises_otherwise, turns_otherwise
+from models.nnunet import CONFIGURATION, normalises_otherwise, turns_otherwise
 
 from .intensity_in_words import CTS, rules_of, steps_of
 
@@ -192,15 +192,22 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     note = f"\n\nIntensities: {otherwise}." if otherwise else ""
     note += f"\n\nAxes: {turned}." if turned else ""
     released = ""
-    if names.decoder:
+    if names.released:
         decoder = "pretrained too" if has_decoder else "freshly initialised"
+        channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
         released = f"""
 
-The released nnU-Net (2.8.1) loads the same file wherever it plans this very network (the decoder in it is {decoder}):
+With the released nnU-Net (2.8.1), in the bundle's folder; the decoder in the checkpoint is {decoder}:
 
 ```bash
-nnUNetv2_train DATASET 3d_fullres FOLD -p nnUNetResEncUNetLPlans -pretrained_weights checkpoint_final.pth
-```"""
+mkdir -p $nnUNet_preprocessed/DATASET
+cp nnunet_plans.json $nnUNet_preprocessed/DATASET/{name}.json
+nnUNetv2_plan_and_preprocess -d DATASET_ID -overwrite_plans_name {name} -c {CONFIGURATION}
+nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {name} -pretrained_weights checkpoint_final.pth
+```
+
+nnU-Net plans a network of its own for each dataset; the plans file adds this one, with its crop, spacing and
+normalisation, as the configuration `{CONFIGURATION}`. Images must have {channels}."""
     return f"""## nnU-Net
 
 With nnU-Net's main branch (since July 2026):
@@ -209,12 +216,14 @@ With nnU-Net's main branch (since July 2026):
 export nnssl_pretrained_models=FOLDER  # where it keeps what it downloads
 nnUNetv2_preprocess_like_nnssl -d DATASET -n {name} -pc {source} -am {mode}
 nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {names.trainer}
-```{released}
+```
 
 The dataset must have been planned before (`nnUNetv2_plan_and_preprocess -d DATASET --no_pp`), and with n channels the
-plan's name ends in n times `_Z`. nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on
-the axes {config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order
-for files stored as RAS.{note}"""
+plan's name ends in n times `_Z`.{released}
+
+nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on the axes
+{config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order for files
+stored as RAS.{note}"""
 
 
 def _dict(value: object) -> dict:

@@ -1,13 +1,18 @@
 """The checkpoint in the hands of nnU-Net: its released loader, and the adaptation plan followed to the letter."""
 
 import json
+import os
 import pydoc
+import re
+import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BIN, blobs, save_nifti
 from dynamic_network_architectures.architectures.primus import PrimusB, PrimusL, PrimusM, PrimusS
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -195,6 +200,70 @@ def test_the_release_loads_no_primus():
     config = primus(**TINY_PRIMUS).config
     assert released_plans(config) is None  # its decoder's last layer, of as many classes as the data, must fit too
     assert "-pretrained_weights" not in nnunet_section(primus(**TINY_PRIMUS), "folder", False, "run", False)
+
+
+TRAINER = """
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+class TwoSteps(nnUNetTrainer):
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
+
+    def on_train_start(self):
+        with torch.no_grad():
+            torch.save(self.network.encoder(torch.load("crop.pt")), "features.pt")
+        super().on_train_start()
+
+    def on_train_epoch_end(self, outputs):
+        torch.save([float(output["loss"]) for output in outputs], "losses.pt")
+        super().on_train_epoch_end(outputs)
+"""
+
+
+@pytest.mark.slow
+def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
+    encoder = resenc((32, 32, 32), **TINY_RESENC)
+    written(checkpoint(encoder, None, "tiny", {}), tmp_path)
+    (tmp_path / "nnunet_plans.json").write_text(json.dumps(released_plans(encoder.config)))
+    raw = tmp_path / "raw" / "Dataset007_Foam"
+    for folder in (raw / "imagesTr", raw / "labelsTr", tmp_path / "trainers"):
+        folder.mkdir(parents=True)
+    for number in range(2):
+        volume = blobs(number)
+        save_nifti(raw / "imagesTr" / f"case{number}_0000.nii.gz", volume)
+        save_nifti(raw / "labelsTr" / f"case{number}.nii.gz", (volume > np.median(volume)).astype(np.uint8))
+    about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "foam": 1}}
+    (raw / "dataset.json").write_text(json.dumps({**about, "numTraining": 2, "file_ending": ".nii.gz"}))
+    (tmp_path / "trainers" / "two_steps.py").write_text(TRAINER)
+    crop = torch.randn(1, 1, 32, 32, 32)
+    torch.save(crop, tmp_path / "crop.pt")
+    blocks = re.findall(r"```bash\n(.*?)```", nnunet_section(encoder, ".", False, "tiny", False), re.DOTALL)
+    (commands,) = (block for block in blocks if "-pretrained_weights" in block)
+    for word, value in {
+        "DATASET_ID": "7 -np 1 -npfp 1",
+        "DATASET": "Dataset007_Foam",
+        "FOLD": "all -device cpu -tr TwoSteps",
+    }.items():
+        commands = commands.replace(word, value)
+    folders = {"nnUNet_extTrainer": "trainers", "nnUNet_results": "results", "nnUNet_preprocessed": "preprocessed"}
+    environment = {**os.environ, **folders, "nnUNet_raw": "raw", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    losses = torch.load(tmp_path / "losses.pt")
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    with torch.no_grad():
+        ours = encoder(crop, output_hidden_states=True).hidden_states
+    for our_map, their_map in zip(ours, torch.load(tmp_path / "features.pt"), strict=True):
+        assert difference(our_map, their_map) < 1e-5
+    results = tmp_path / "results" / "Dataset007_Foam" / f"TwoSteps__tiny__{CONFIGURATION}" / "fold_all"
+    assert (results / "checkpoint_final.pth").is_file()
+    assert (results / "validation" / "summary.json").is_file()
 
 
 @pytest.mark.slow

@@ -207,8 +207,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 class TwoSteps(nnUNetTrainer):
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
 
     def on_train_start(self):
@@ -248,7 +248,7 @@ def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
     }.items():
         commands = commands.replace(word, value)
     folders = {"nnUNet_extTrainer": "trainers", "nnUNet_results": "results", "nnUNet_preprocessed": "preprocessed"}
-    environment = {**os.environ, **folders, "nnUNet_raw": "raw", "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+    environment = {**os.environ, **folders, "nnUNet_raw": "raw", "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
     environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

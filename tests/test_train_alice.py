@@ -35,7 +35,7 @@ def test_the_learning_rate_never_rises_after_the_warm_up(path):
     rates = [
         learning_rate(step, train.steps, peak, train.warmup_steps, train.decay_power) for step in range(train.steps)
     ]
-    assert max(rates) <= peak
+    assert max(rates) <= peak * (1 + 1e-12)  # of the last step of a warm-up, rounded
     after = np.array(rates[train.warmup_steps :])
     assert (np.diff(after) <= 0).all()
 

@@ -159,19 +159,8 @@ def test_a_tiny_experiment_from_volumes_to_table(tmp_path):
             nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "data" / part / f"case_{number:02}.nii.gz")
     command = [sys.executable, ROOT / "benchmarks" / "evidence.py", "train.steps=2", "train.warmup_steps=0"]
     command += ["train.batch_size=2", "--data", tmp_path / "data", "--output", tmp_path / "out", "--networks", "primus"]
-    command += [
-        "--arms",
-        "untrained",
-        "MAE + CVA misaligned",
-        "--finetune-arms",
-        "untrained",
-        "--seeds",
-        "1",
-        "--test",
-        "4",
-        "--rates",
-        "1e-3",
-    ]
+    command += ["--arms", "untrained", "MAE + CVA misaligned", "--seeds", "1", "--test", "4", "--rates", "1e-3"]
+    command += ["--finetune-arms", "untrained", "--finetune-budgets", "2", "--finetune-draws", "1"]
     command += ["--budgets", "1", "2", "--draws", "2"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr

@@ -169,7 +169,8 @@ def test_a_tiny_experiment_from_volumes_to_table(tmp_path):
         *("untrained", "MAE + CVA misaligned", "raw intensity", "place alone")
     }
     for one in results["results"]:
-        assert np.shape(one["scores"]["dice"]["2"]) == (1, 2, 4, 2)
+        draws = {"probe": 2, "finetune": 1}[one["how"]]
+        assert np.shape(one["scores"]["dice"]["2"]) == (1, draws, 4, 2)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert "MAE + CVA misaligned" in (tmp_path / "out" / "table.md").read_text()
 

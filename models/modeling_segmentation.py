@@ -49,12 +49,12 @@ class SegmentationModel(PreTrainedModel):
     @staticmethod
     def encode(encoder, pixel_values):
         """The feature maps `[B, C, x, y, z]` of crops `[B, C, X, Y, Z]` that the decoder reads, fine to coarse."""
-        raise NotImplementedError
+        raise NotImplementedError("a segmentation model says which maps its decoder reads: write its `encode`")
 
     @staticmethod
     def decode(decoder, maps):
         """Logits `[B, K, X, Y, Z]`, from what `encode` returns."""
-        raise NotImplementedError
+        raise NotImplementedError("a segmentation model says how its decoder is called: write its `decode`")
 
     def get_input_embeddings(self):
         return self.encoder.get_input_embeddings()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from data.demo import demo_labelled
 from data.labels import Classes, check_labels, counts_in_words, draw_labelled_view, labelled_rows
@@ -36,7 +36,7 @@ from data.split import Split, split_by_subject
 from data.stream import Batch, SampleStream, render
 from finetuning.segmentation import evaluate, export_segmentation, warn_of_collapse
 from finetuning.taken_over import numbers_of_encoder, numbers_of_labels
-from losses.segmentation import TERMS, segmentation_objective
+from losses.segmentation import segmentation_objective
 from models import segmentation_class
 from models.section import BelowOne, PositiveFloat, Section, Share, Weight
 from models.segmentation import Segmentation
@@ -80,19 +80,9 @@ class Encoder(Section):
     layer_decay: Share  # of the learning rate, a block or stage away from the decoder: 1 is the same for all
 
 
-class Loss(Section):
+class Loss(recipe_sections.Loss):
     dice_weight: Weight
     cross_entropy_weight: Weight
-
-    def terms(self) -> dict[str, float]:
-        """Name and weight of the terms that are trained."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
-
-    @model_validator(mode="after")
-    def _possible(self):
-        if not self.terms():
-            raise ValueError("all weights are 0: nothing would be trained")
-        return self
 
 
 class Inference(Section):

@@ -79,22 +79,12 @@ class Head(Section):
     prototypes: Annotated[int, Field(ge=2)]
 
 
-class Loss(Section):
+class Loss(recipe_sections.Loss):
     target: Literal["augmented", "clean"]  # what to reconstruct: with or without the changes of intensity
     reconstruction_weight: Weight
     volume_weight: Weight
-    patch_weight: Weight  # 0 switches a term off, and nothing of it is built
+    patch_weight: Weight
     temperature: PositiveFloat  # of the student
-
-    def terms(self) -> dict[str, float]:
-        """Name and weight of the terms that are trained."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
-
-    @model_validator(mode="after")
-    def _possible(self):
-        if not self.terms():
-            raise ValueError("all weights are 0: nothing would be trained")
-        return self
 
 
 class Teacher(recipe_sections.Teacher):

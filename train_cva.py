@@ -74,17 +74,13 @@ class Heads(Section):
     predictor_size: PositiveInt
 
 
-class Loss(Section):
+class Loss(recipe_sections.Loss):
     target: Literal["augmented", "clean"]  # what to reconstruct: with or without the changes of intensity
     reconstruction_weight: Weight
     consistency: Literal[tuple(CONSISTENCIES)]
     consistency_weight: Weight
-    contrastive_weight: Weight  # 0 switches a term off, and nothing of it is built
+    contrastive_weight: Weight
     temperature: PositiveFloat  # of both contrasts
-
-    def terms(self) -> dict[str, float]:
-        """Name and weight of the terms that are trained."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
 
     @model_validator(mode="after")
     def _possible(self):
@@ -93,8 +89,6 @@ class Loss(Section):
                 f"consistency={self.consistency} with consistency_weight={self.consistency_weight:g}: "
                 "set consistency=none and consistency_weight=0, or neither"
             )
-        if not self.terms():
-            raise ValueError("all weights are 0: nothing would be trained")
         return self
 
 

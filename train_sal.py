@@ -69,21 +69,11 @@ class Position(Section):
     temperature: PositiveFloat
 
 
-class Loss(Section):
+class Loss(recipe_sections.Loss):
     target: Literal["augmented", "clean"]  # what to reconstruct: with or without the changes of intensity
     local_weight: Weight
     position_weight: Weight
-    reconstruction_weight: Weight  # 0 switches a term off, and nothing of it is built
-
-    def terms(self) -> dict[str, float]:
-        """Name and weight of the terms that are trained."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
-
-    @model_validator(mode="after")
-    def _possible(self):
-        if not self.terms():
-            raise ValueError("all weights are 0: nothing would be trained")
-        return self
+    reconstruction_weight: Weight
 
 
 class SALRecipe(PretrainingRecipe):

@@ -35,7 +35,7 @@ from data.stream import Batch, SampleStream, render
 from data.views import freedom, scatter_views
 from data.volume import axis_order
 from losses.baselines import reconstruction_levels
-from losses.places import TERMS, compute_terms, place_baselines
+from losses.places import compute_terms, place_baselines
 from models.section import PositiveFloat, Section, Weight, check_divides
 from models.spatial_aware import SpatialAware
 from pictures.places import draw_places, first_volume
@@ -69,8 +69,8 @@ class Heads(Section):
     parts: PositiveInt  # of a crop, on each axis
 
 
-class Loss(Section):
-    gap_weight: Weight  # 0 switches a term off, and nothing of it is built
+class Loss(recipe_sections.Loss):
+    gap_weight: Weight
     place_weight: Weight
     cycle_weight: Weight
     similarity_weight: Weight
@@ -79,14 +79,8 @@ class Loss(Section):
     unit: PositiveFloat  # mm: gaps of this length are 1 for the heads
     kernel_width: PositiveFloat  # mm between parts that should be alike by exp(-1/2)
 
-    def terms(self) -> dict[str, float]:
-        """Name and weight of the terms that are trained."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
-
     @model_validator(mode="after")
     def _possible(self):
-        if not self.terms():
-            raise ValueError("all weights are 0: nothing would be trained")
         if self.cycle_weight and not self.gap_weight:
             raise ValueError(
                 f"cycle_weight={self.cycle_weight:g} without gaps to learn makes all of them 0: set gap_weight too"

@@ -108,15 +108,6 @@ class PretrainingRecipe(Recipe):
         return math.prod(self.views.crop_size) // self.mask.block**3
 
     @property
-    def uses_labels(self) -> bool:
-        """Whether samples have label maps."""
-        return False
-
-    def split(self, manifest: Manifest) -> Split:
-        """Which of the volumes are trained on."""
-        return split_by_subject(manifest, self.data.validation_share, self.data.leave_out)
-
-    @property
     def hidden(self) -> str:
         hides = architecture(self.model.architecture).hides
         return f"; {self._blocks} {hides} a view, {int(self.mask.ratio * self._blocks)} of them masked"

@@ -172,6 +172,20 @@ class Mask(Section):
     block: PositiveInt  # voxels
 
 
+class Loss(Section):
+    """A field `TERM_weight` for each term that a method may train; 0 switches it off, and nothing of it is built."""
+
+    def terms(self) -> dict[str, float]:
+        """Name and weight of the terms that are trained."""
+        return {name.removesuffix("_weight"): value for name, value in self if name.endswith("_weight") and value}
+
+    @model_validator(mode="after")
+    def _trains(self):
+        if not self.terms():
+            raise ValueError("all weights are 0: nothing would be trained")
+        return self
+
+
 class Teacher(Section):
     momentum: Share
     final_momentum: Share  # reached at the end, along a half cosine

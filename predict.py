@@ -158,13 +158,13 @@ def score(folder: Path, labels: Path, cases: list[Source], facts: dict, toleranc
         if true.shape[:3] != found.shape or not np.allclose(true.affine, found.affine, atol=1e-2):
             print(f"not scored  {source.path}: its label map is on another grid")
             continue
-        read = lambda one: torch.from_numpy(np.asarray(one.dataobj).reshape(found.shape).astype(np.int64))  # noqa: E731, B023
-        pair = read(found), read(true)
-        if unknown := sorted(set(pair[1].unique().tolist()) - set(values)):
+        voxels = (np.asarray(one.dataobj).reshape(found.shape).astype(np.int64) for one in (found, true))
+        masks = [torch.from_numpy(one) for one in voxels]
+        if unknown := sorted(set(masks[1].unique().tolist()) - set(values)):
             print(f"not scored  {source.path}: its label map has {unknown[0]}, which is no class of the model")
             continue
         spacing = nib.affines.voxel_sizes(found.affine).tolist()
-        scores = segmentation_scores(lookup[pair[0]], lookup[pair[1]], len(names), spacing, tolerance)
+        scores = segmentation_scores(*(lookup[mask] for mask in masks), len(names), spacing, tolerance)
         scored.append(Scored(source.path, "labelled", {key: value.tolist() for key, value in scores.items()}))
     if not scored:
         raise ValueError(f"--labels {labels}: no file there has the name of a volume that was predicted")

@@ -67,10 +67,15 @@ def read_classes(path: Path) -> Classes:
     return _classes(numbers)
 
 
+def find_dataset(source: Path, labels: Path) -> Path | None:
+    """The `dataset.json` beside volumes, or beside the folder of their label maps, if there is one."""
+    return next((place / DATASET for place in (source, labels.parent) if (place / DATASET).is_file()), None)
+
+
 def keep_classes(source: Path, labels: Path, folder: Path) -> None:
     """Keep in a prepared folder what the `dataset.json` of its raw volumes calls their labels, if there is one."""
-    found = next((place for place in (source, labels.parent) if (place / DATASET).is_file()), None)
-    if found and isinstance(about := read_json(found / DATASET), dict):
+    found = find_dataset(source, labels)
+    if found and isinstance(about := read_json(found), dict):
         folder.mkdir(parents=True, exist_ok=True)
         names = json.dumps({"labels": about.get("labels")}, indent=2)
         write_whole(folder / CLASSES, lambda file: file.write_text(names))

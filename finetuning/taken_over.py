@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from data.labels import Classes, classes_of, labelled_rows, read_classes
+from data.labels import Classes, classes_of, find_dataset, labelled_rows, read_classes
 from data.manifest import FOR_RUNS, LABELS, read_manifest
 from models import architecture
 from models.warm_start import find
@@ -59,9 +59,8 @@ def _classes(data: Path, labels: Path | None) -> Classes:
         raise ValueError(
             f"--data {data}: it has neither imagesTr and labelsTr nor images and labels: name --labels FOLDER"
         )
-    for place in (data, labels.parent):
-        if (place / "dataset.json").is_file():
-            return read_classes(place / "dataset.json")
+    if dataset := find_dataset(data, labels):
+        return read_classes(dataset)
     raise ValueError(
         f"--data {data} has no dataset.json that names its classes: name them yourself, such as "
         "'data.classes={background: 0, liver: 1}'"

@@ -135,9 +135,10 @@ def load_model(source: str) -> tuple[PreTrainedModel, dict]:
     Raises:
         ValueError: if it is none.
     """
-    folder = RunFolder(Path(source)).model
-    if not folder.is_dir():
-        folder = find(source).parent
+    place = RunFolder(Path(source))
+    if place.encoder.is_dir():
+        raise ValueError(f"{source}: it is a run that pretrains, fine-tune what it made with finetune.py")
+    folder = place.model if place.model.is_dir() else find(source).parent
     model = load_segmentation(folder)
     if not (folder / OF_FINE_TUNING).is_file():
         raise ValueError(

@@ -55,6 +55,8 @@ def _classes(data: Path, labels: Path | None) -> Classes:
     if is_prepared(data):
         manifest = read_manifest(data, (*FOR_RUNS, *LABELS))
         return classes_of(manifest, labelled_rows(manifest))
+    if not data.exists():
+        raise ValueError(f"--data {data}: no such folder or file")
     if labels is None:
         raise ValueError(
             f"--data {data}: it has neither imagesTr and labelsTr nor images and labels: name --labels FOLDER"

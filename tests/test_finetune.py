@@ -99,6 +99,11 @@ def test_what_a_user_can_mend_is_one_line(encoders, labelled, tmp_path, monkeypa
     encoder = ["--encoder", encoders["primus"]]
     with pytest.raises(ValueError, match="name --encoder PATH_OR_HUB_ID, or train --from-scratch"):
         finetune.main(arguments("--data", labelled))
+    with pytest.raises(ValueError, match="--data nowhere: no such folder or file"):
+        finetune.main(arguments(*encoder, "--data", "nowhere"))
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a run that pretrains.*fine-tune what it made with finetune\.py"):
+        predict.main(predict.parse_arguments([str(tmp_path / "run"), str(labelled), "--output", str(tmp_path / "m")]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="name --labels FOLDER"):
         finetune.main(arguments(*encoder, "--data", tmp_path / "empty"))

@@ -4,10 +4,12 @@
     python benchmarks/evidence.py --data HIPPOCAMPUS --output runs/evidence --networks resenc --arms MAE --seeds 1
 
 `--data` has images/ and labels/ with files of the same names, such as the hippocampus of the Medical Segmentation
-Decathlon. Some volumes are tested on and never pretrained on. Every arm takes as many FLOPs as all steps of
+Decathlon. Some subjects are tested on and never pretrained on. With `--pretrain-on`, encoders see the volumes of that
+folder instead, less those of the same subjects (see draw_heads.py). Every arm takes as many FLOPs as all steps of
 recipes/small_NETWORK.yaml, counted; its learning rate is the one of `--rates` whose encoder, after a share of that,
 is probed best on training subjects. Then several seeds are pretrained, their frozen features are probed with few
-labels, and the core arms are fine-tuned by recipes/segmentation_small.yaml.
+labels, alone and together with the place of each cell, and the core arms are fine-tuned by
+recipes/segmentation_small.yaml, each at the one of `--finetune-rates` that serves it best on training subjects.
 
 Done is done: killed or stopped, run it again; with more seeds, arms or budgets, only what is missing is computed.
 OUTPUT/results.json has every single result, OUTPUT/table.md and OUTPUT/curves.png what they come to. Overrides of the
@@ -41,9 +43,22 @@ from benchmarks.evidence_arms import (
     speed,
 )
 from benchmarks.evidence_finetune import fine_tune
-from benchmarks.evidence_probe import WITHOUT_ENCODER, cells_of, kept, probe, read_labelled, split, tuning_score
+from benchmarks.evidence_probe import (
+    PLACE,
+    PLACE_DRAWS,
+    TUNING,
+    WITHOUT_ENCODER,
+    cells_of,
+    kept,
+    probe,
+    read_labelled,
+    split,
+    tuning_score,
+    with_place,
+)
 from benchmarks.evidence_report import Row, write_report
 from benchmarks.script_runs import open_recipe
+from data.manifest import read_manifest
 from training.preparation import prepare_data
 
 PARTS = ("pretrain", "probe", "finetune", "report")
@@ -71,6 +86,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipes, of all arms")
     add("--data", type=Path, required=True, help="folder with images/ and labels/")
+    add("--pretrain-on", type=Path, metavar="FOLDER", help="volumes without labels (those of --data)")
     add("--output", type=Path, required=True)
     add("--networks", nargs="+", choices=("primus", "resenc"), default=["primus", "resenc"])
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=f"of: {', '.join(ARMS)}")
@@ -81,8 +97,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tuning-share", type=float, default=0.25, help="of the compute, for each rate (%(default)s)")
     add("--budgets", nargs="+", type=int, default=[1, 2, 5, 10, 20, 40], help="labelled volumes (%(default)s)")
     add("--draws", type=int, default=4, help="of labelled volumes (%(default)s)")
+    add("--nsd-budgets", nargs="*", type=int, default=[5, 20], help="of those, with surfaces scored (%(default)s)")
+    add("--place-budgets", nargs="*", type=int, default=[5, 20], help="of those, with the place told (%(default)s)")
     add("--finetune-arms", nargs="*", choices=ARMS, default=list(CORE), metavar="ARM", help="(the core)")
     add("--finetune-budgets", nargs="+", type=int, default=[2, 10], help="labelled volumes (%(default)s)")
+    add("--finetune-rates", nargs="+", type=float, default=[1e-3, 3e-3, 9e-3], help="learning rates (%(default)s)")
     add("--finetune-draws", type=int, default=2, help="of labelled volumes (%(default)s)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now (all)")
     return parser.parse_args(arguments)
@@ -94,12 +113,19 @@ class Experiment:
     def __init__(self, asked: argparse.Namespace):
         self.asked, self.output = asked, asked.output
         _, recipe = open_recipe(Arm().recipe("primus"), asked.overrides)
-        self.volumes = read_labelled(asked.data, recipe.data.orientation, recipe.data.spacing)
-        self.classes = 1 + max(int(volume.labels.max()) for volume in self.volumes)
-        self.splits = [split(len(self.volumes), asked.test, number) for number in range(asked.splits)]
-        self.prepared = prepare_data(
+        self.labelled = self.unlabelled = prepare_data(
             asked.data / "images", self.output / "labelled", recipe, resumes=True, labels=asked.data / "labels"
         )
+        if asked.pretrain_on:
+            self.unlabelled = prepare_data(asked.pretrain_on, self.output / "unlabelled", recipe, resumes=True)
+        manifest = read_manifest(self.labelled)
+        names, of = manifest.subjects
+        names = [names[number].rpartition("/")[2] for number in of]
+        subjects = dict(zip(manifest.volumes["source"].to_pylist(), names))
+        self.volumes = read_labelled(asked.data, recipe.data.orientation, recipe.data.spacing, subjects)
+        self.classes = 1 + max(int(volume.labels.max()) for volume in self.volumes)
+        whose = [volume.subject for volume in self.volumes]
+        self.splits = [split(whose, asked.test, number) for number in range(asked.splits)]
 
     def encoders(self) -> Iterator[One]:
         """All that are asked for: a seed of every arm before the next."""
@@ -119,8 +145,8 @@ class Experiment:
     def numbers(self, one: One, rate: float | None, share: float) -> list[str]:
         """Overrides of an encoder's recipe; without a learning rate, of one that is not trained."""
         arm, overrides = ARMS[one.arm], self.asked.overrides
-        left_out = ",".join(self.volumes[number].name for number in self.splits[one.split].test)
-        numbers = [*overrides, f"seed={one.seed}", f"data.leave_out=[{left_out}]"]
+        left_out = dict.fromkeys(self.volumes[number].subject for number in self.splits[one.split].test)
+        numbers = [*overrides, f"seed={one.seed}", f"data.leave_out={json.dumps(list(left_out))}"]
         if rate is None:
             return numbers
         a_step = flops_of_a_step(arm.recipe(one.network), [*arm.overrides, *overrides])
@@ -135,27 +161,32 @@ class Experiment:
             first = one._replace(split=0, seed=0)
             folder = first.folder(self.output).with_name(f"rate{rate:g}")
             numbers = self.numbers(first, rate, self.asked.tuning_share)
-            pretrain(one.arm, one.network, numbers, self.prepared, folder)
+            pretrain(one.arm, one.network, numbers, self.unlabelled, folder)
             judge = partial(tuning_score, folder / "encoder", self.volumes, self.splits[0].pool, self.classes)
             scores[rate] = kept(folder / "tuning.json", lambda judge=judge: {"dice": judge()})["dice"]
         return max(scores, key=scores.get)
 
     def pretrain(self, one: One) -> dict:
         numbers = self.numbers(one, self.rate(one), 1.0)
-        return pretrain(one.arm, one.network, numbers, self.prepared, one.folder(self.output))
+        return pretrain(one.arm, one.network, numbers, self.unlabelled, one.folder(self.output))
 
     # ----------------------------------------------------------------------- probing
 
-    def probe_file(self, one: One, budget: int) -> Path:
-        return one.folder(self.output) / f"probe_{budget}_{self.asked.draws}.json"
+    def probe_file(self, one: One, how: str, budget: int) -> Path:
+        return one.folder(self.output) / f"{how}_{budget}_{self.asked.draws}.json"
 
     def probe(self, one: One) -> None:
         """Keep a file for each number of labelled volumes."""
         encoder = one.folder(self.output) / "encoder" if one.network else one.arm
         cases = cache(partial(cells_of, encoder, self.volumes))
+        placed = cache(lambda: with_place(cases(), self.volumes))
         for budget in self.asked.budgets:
-            how = self.volumes, self.splits[one.split], self.classes, budget, self.asked.draws
-            kept(self.probe_file(one, budget), lambda how=how: probe(cases(), *how))
+            how = self.volumes, self.splits[one.split], self.classes, budget
+            path, draws, nsd = self.probe_file(one, "probe", budget), self.asked.draws, budget in self.asked.nsd_budgets
+            kept(path, lambda how=how, draws=draws, nsd=nsd: probe(cases(), *how, draws, nsd))
+            if budget in self.asked.place_budgets and one.arm != PLACE:
+                path = self.probe_file(one, "placed", budget)
+                kept(path, lambda how=how: probe(placed(), *how, PLACE_DRAWS))
 
     # ----------------------------------------------------------------------- fine-tuning
 
@@ -167,13 +198,30 @@ class Experiment:
         grid = product(asked.finetune_budgets, range(asked.finetune_draws))
         return {(budget, number): folder / f"finetune_{budget}_{number}.json" for budget, number in grid}
 
+    def finetune_rate_files(self, one: One) -> dict[float, Path]:
+        """By learning rate, of an arm's first encoder."""
+        folder = one._replace(split=0, seed=0).folder(self.output)
+        is_asked = one.arm in self.asked.finetune_arms
+        return {rate: folder / f"finetune_rate{rate:g}.json" for rate in self.asked.finetune_rates * is_asked}
+
+    def finetune_rate(self, one: One) -> float:
+        """The learning rate of an arm: the best on training subjects, of the first split, seed and draw."""
+        parts, scores = self.splits[0], {}
+        held_out = parts.pool[TUNING[0] : sum(TUNING)]
+        scored, others = ([self.volumes[number] for number in numbers] for numbers in (held_out, parts.test))
+        for rate, path in self.finetune_rate_files(one).items():
+            where = path.parent / "encoder", self.labelled, path.parent / "finetuning", scored, others, self.classes
+            run = partial(fine_tune, *where, max(self.asked.finetune_budgets), 0, rate)
+            scores[rate] = np.nanmean(kept(path, run)["dice"])
+        return max(scores, key=scores.get)
+
     def finetune(self, one: One) -> None:
-        folder, parts = one.folder(self.output), self.splits[one.split]
+        folder, test = one.folder(self.output), [self.volumes[number] for number in self.splits[one.split].test]
         for (budget, number), path in self.finetune_files(one).items():
-            where = folder / "encoder", self.prepared, folder / "finetuning"
-            run = partial(fine_tune, *where, self.volumes, parts, self.classes, budget, number)
+            where = folder / "encoder", self.labelled, folder / "finetuning", test, [], self.classes
             started = time.perf_counter()
-            kept(path, run)
+            if not path.exists():
+                kept(path, partial(fine_tune, *where, budget, number, self.finetune_rate(one)))
             say(f"fine-tuned  {one}: {budget} volumes, draw {number}, {time.perf_counter() - started:.0f} s")
 
     # ----------------------------------------------------------------------- before and after
@@ -195,10 +243,11 @@ class Experiment:
                 seconds += whole * compute(network, asked.overrides) / speed(network, asked.overrides)
         if "probe" in asked.parts:
             for one in (*self.encoders(), *self.without_encoder()):
-                missing = sum(not self.probe_file(one, budget).exists() for budget in asked.budgets)
+                missing = sum(not self.probe_file(one, "probe", budget).exists() for budget in asked.budgets)
                 seconds += (CELLS_SECONDS + PROBE_SECONDS * asked.draws * missing) * (missing > 0)
         if "finetune" in asked.parts:
-            paths = [path for one in self.encoders() for path in self.finetune_files(one).values()]
+            paths = {path for one in self.encoders() for path in self.finetune_files(one).values()}
+            paths |= {path for one in self.encoders() for path in self.finetune_rate_files(one).values()}
             seconds += FINETUNE_SECONDS * sum(not path.exists() for path in paths)
         return seconds / 3600
 
@@ -212,9 +261,9 @@ class Experiment:
                 row.setdefault(score, {}).setdefault(budget, []).append(values)
 
         for one in (*self.encoders(), *self.without_encoder()):
-            for budget in self.asked.budgets:
-                if (path := self.probe_file(one, budget)).exists():
-                    note(one, "probe", budget, json.loads(path.read_text()))
+            for how, budget in product(("probe", "placed"), self.asked.budgets):
+                if (path := self.probe_file(one, how, budget)).exists():
+                    note(one, how, budget, json.loads(path.read_text()))
             for budget in self.asked.finetune_budgets:
                 paths = [path for (labelled, _), path in self.finetune_files(one).items() if labelled == budget]
                 if all(path.exists() for path in paths) and paths:
@@ -232,10 +281,11 @@ class Experiment:
     def describe(self) -> str:
         """The first lines of the table."""
         asked, pool, test = self.asked, *map(len, self.splits[0])
+        people = len({volume.subject for volume in self.volumes})
         return (
-            f"{pool} volumes to pretrain on and to draw labels from, {test} test cases; {asked.splits} split(s), "
-            f"{asked.draws} draws of labels, seeds as listed. Intervals are over seeds, draws and cases. Where the "
-            "data do not say who is who, a person may be in two volumes."
+            f"{people} subjects; {pool} volumes to draw labels from, {test} test cases of subjects not pretrained on, "
+            f"{asked.splits} split(s), {asked.draws} draws of labels, seeds as listed. Intervals are over seeds, draws "
+            "and cases. Where the data do not say who is who, a person may be in two volumes."
         )
 
 

@@ -1,7 +1,7 @@
 """What the encoders of evidence.py are worth: a linear probe on frozen features, by the number of labelled volumes."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +18,16 @@ from models import load_encoder
 
 STRIDE = 4  # voxels a cell that is probed, of all encoders
 TUNING = 10, 30  # training subjects that a probe is fitted to, and others that choose between learning rates
-WITHOUT_ENCODER = {"raw intensity": raw_cells, "place alone": place_cells}
+PLACE_DRAWS = 2  # of labels, of the probe that is told the place
+PLACE = "place alone"
+WITHOUT_ENCODER = {"raw intensity": raw_cells, PLACE: place_cells}
 
 
 class Labelled(NamedTuple):
     """A prepared volume with its labels."""
 
     name: str
+    subject: str  # whose it is
     voxels: torch.Tensor  # [1, X, Y, Z]
     labels: torch.Tensor  # [X, Y, Z]
     spacing: tuple[float, float, float]  # mm
@@ -37,8 +40,13 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def read_labelled(data: Path, orientation: str, spacing: tuple[float, ...]) -> list[Labelled]:
+def read_labelled(
+    data: Path, orientation: str, spacing: tuple[float, ...], subjects: Mapping[str, str]
+) -> list[Labelled]:
     """All volumes of `data/images` that have a map of the same name in `data/labels`.
+
+    Args:
+        subjects: by the volumes' names.
 
     Raises:
         ValueError: if there are none, or a map is not on its image's grid.
@@ -51,16 +59,23 @@ def read_labelled(data: Path, orientation: str, spacing: tuple[float, ...]) -> l
         volume = prepare(image.voxels, image.spacing, spacing)
         there = prepare_labels(labels.voxels, volume.box, volume.voxels.shape)
         voxels, there = torch.from_numpy(volume.voxels)[None], torch.from_numpy(there.astype(np.int64))
-        found.append(Labelled(path.name, voxels, there, volume.spacing))
+        found.append(Labelled(path.name, subjects[path.name], voxels, there, volume.spacing))
     if not found:
         raise ValueError(f"{data}: there must be images/ and labels/ with files of the same names")
     return found
 
 
-def split(count: int, test: int, seed: int) -> Split:
-    """The same for every arm: `test` of the volumes are never seen before they are tested on."""
-    order = np.random.default_rng((seed, 0)).permutation(count)
-    return Split(order[test:], order[:test])
+def split(subjects: Sequence[str], test: int, seed: int) -> Split:
+    """The same for every arm: at least `test` volumes, all of some subjects, are never seen before they are tested on.
+
+    Args:
+        subjects: whose each volume is.
+    """
+    names, of = np.unique(subjects, return_inverse=True)
+    place = np.random.default_rng((seed, 0)).permutation(len(names)).argsort()[of]  # of a volume's subject
+    order = place.argsort(kind="stable")
+    last = place[order[test - 1]]  # of the subjects that are tested on
+    return Split(order[place[order] > last], order[place[order] <= last])
 
 
 def draw(pool: np.ndarray, budget: int, number: int) -> np.ndarray:
@@ -81,6 +96,12 @@ def cells_of(encoder: Path | str, volumes: Sequence[Labelled]) -> list[Case]:
     return [Case(read(volume.voxels, STRIDE), volume.labels, STRIDE) for volume in volumes]
 
 
+def with_place(cases: Sequence[Case], volumes: Sequence[Labelled]) -> list[Case]:
+    """Cases whose cells know, besides their features, where they lie in the volume."""
+    places = (place_cells(volume.voxels, STRIDE) for volume in volumes)
+    return [case._replace(cells=torch.cat((case.cells, place))) for case, place in zip(cases, places)]
+
+
 def tuning_score(encoder: Path, volumes: Sequence[Labelled], pool: np.ndarray, classes: int) -> float:
     """Mean Dice of a probe on training subjects, of which it has not seen the labels: test cases choose nothing."""
     fit, held_out = pool[: TUNING[0]], pool[TUNING[0] : sum(TUNING)]
@@ -92,25 +113,35 @@ def tuning_score(encoder: Path, volumes: Sequence[Labelled], pool: np.ndarray, c
 
 
 def probe(
-    cases: Sequence[Case], volumes: Sequence[Labelled], parts: Split, classes: int, budget: int, draws: int
+    cases: Sequence[Case],
+    volumes: Sequence[Labelled],
+    parts: Split,
+    classes: int,
+    budget: int,
+    draws: int,
+    nsd: bool = False,
 ) -> dict[str, list]:
     """Scores of the test cases with so many labelled volumes, `[draws][cases][classes - 1]`.
 
-    Dice of each draw, and of the first, since it takes longer, the NSD at 1 mm.
+    Of structures as large as a cell, else NaN. Dice of each draw, and with `nsd` the NSD at 1 mm of the first, since
+    it takes longer.
     """
-    test, dices = [cases[number] for number in parts.test], []
+    test, found = [cases[number] for number in parts.test], {"dice": []}
     for number in range(draws):
         predicted = linear_probe([cases[i] for i in draw(parts.pool, budget, number)], test, classes)
-        if number == 0:
+        if nsd and number == 0:
             spacings = (volumes[i].spacing for i in parts.test)
             scores = map(segmentation_scores, predicted, (case.labels for case in test), repeat(classes), spacings)
-            nsd = [rounded(score["nsd"]) for score in scores]
-        dices.append([rounded(dice(labels, case.labels, classes)) for labels, case in zip(predicted, test)])
-    return {"dice": dices, "nsd": [nsd]}
+            found["nsd"] = [[of_what_is_there(score["nsd"], case.labels) for score, case in zip(scores, test)]]
+        dices = (dice(labels, case.labels, classes) for labels, case in zip(predicted, test))
+        found["dice"].append([of_what_is_there(values, case.labels) for values, case in zip(dices, test)])
+    return found
 
 
-def rounded(values: torch.Tensor) -> list[float]:
-    return [round(float(value), 4) for value in values]
+def of_what_is_there(scores: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Scores by structure; NaN for those of which the volume has less than a cell."""
+    sizes = torch.bincount(labels.flatten(), minlength=len(scores) + 1)[1:]
+    return [round(float(score), 4) if size >= STRIDE**3 else float("nan") for score, size in zip(scores, sizes)]
 
 
 def kept(path: Path, make: Callable[[], dict]) -> dict:

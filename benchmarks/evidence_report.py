@@ -10,7 +10,11 @@ import numpy as np
 from evaluation.scores import holm, paired_test
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
-TITLES = {"probe": "linear probe of frozen features", "finetune": "fine-tuned"}
+TITLES = {
+    "probe": "linear probe of frozen features",
+    "placed": "linear probe of frozen features and the place of each cell",
+    "finetune": "fine-tuned",
+}
 FEWEST_SEEDS = 3  # of pretraining: fewer do not tell arms from luck
 NAMES = {"dice": "Dice", "nsd": "NSD at 1 mm"}
 COMPARED = [  # what is asked: whether the first is better than the second
@@ -30,12 +34,12 @@ class Row(NamedTuple):
 
     network: str
     arm: str
-    how: str  # probe or finetune
+    how: str  # of TITLES
     scores: dict[str, dict[int, np.ndarray]]  # by name and by number of labels [seeds, draws, cases, structures]
 
     def dice(self, budgets: Sequence[int]) -> np.ndarray:
         """Means over budgets and structures, `[seeds, draws, cases]`."""
-        return np.nanmean([self.scores["dice"][budget].mean(-1) for budget in budgets], axis=0)
+        return np.nanmean([np.nanmean(self.scores["dice"][budget], -1) for budget in budgets], axis=0)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -59,6 +63,7 @@ def in_words(values: np.ndarray, signed: bool = False) -> str:
 
 def score_table(rows: Sequence[Row], score: str, structure: int | None = None) -> str:
     """One score by the number of labels, an arm a row; the mean over structures, or one of them."""
+    rows = [row for row in rows if score in row.scores]
     budgets = sorted({budget for row in rows for budget in row.scores[score]})
     lines = [_line(["network", "arm", "seeds", *map(str, budgets)]), _line(["---"] * (3 + len(budgets)))]
     for row in rows:
@@ -134,7 +139,7 @@ def write_report(rows: Sequence[Row], facts: Sequence[dict], about: str, asked: 
         there, title = [row for row in rows if row.how == how], TITLES[how]
         parts += [f"## Dice, mean over structures: {title}", score_table(there, "dice")]
         parts += [f"## Which differ: {title}", comparison_table(there)]
-        for score in ("dice", "nsd"):
+        for score in [name for name in NAMES if any(name in row.scores for row in there)]:
             for structure in range(structures):
                 name = f"{NAMES[score]} of structure {structure + 1}: {title}"
                 parts += [f"## {name}", score_table(there, score, structure)]
@@ -173,7 +178,7 @@ def draw_curves(rows: Sequence[Row], baselines: Sequence[Row], path: Path) -> No
 def _draw(axes, row: Row, number: int, dashed: bool) -> None:
     found = row.scores["dice"]
     budgets = sorted(found)
-    estimates = np.array([interval(found[budget].mean(-1)) for budget in budgets])
+    estimates = np.array([interval(np.nanmean(found[budget], -1)) for budget in budgets])
     style = {"color": f"C{number % 10}", "linestyle": "--" if dashed else ("-", "-.")[number // 10 % 2]}
     axes.plot(budgets, estimates[:, 0], marker="o", markersize=3, label=row.arm, **style)
     axes.fill_between(budgets, *estimates[:, 1:].T, color=style["color"], alpha=0.08, linewidth=0)

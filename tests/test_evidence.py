@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import evidence_arms
+from benchmarks import draw_heads, evidence_arms
 from benchmarks.evidence_arms import ARMS, Arm, compute, flops_of_a_step, length, misaligned_points, pretrain
-from benchmarks.evidence_probe import draw, kept, split
+from benchmarks.evidence_probe import Labelled, cells_of, draw, kept, of_what_is_there, split, with_place
 from benchmarks.evidence_report import Row, comparison_table, interval, score_table
 from benchmarks.script_runs import open_recipe
 from data.views import alignment_points, sample_views, to_volume
@@ -57,14 +57,68 @@ def test_the_misaligned_points_of_views_are_always_the_same_and_inside():
 
 
 def test_test_cases_are_not_in_the_pool_and_budgets_are_nested():
-    parts = split(20, 6, seed=1)
+    names = [f"volume_{number}" for number in range(20)]
+    parts = split(names, 6, seed=1)
     assert sorted([*parts.pool, *parts.test]) == list(range(20))
     assert len(parts.test) == 6
-    assert not np.array_equal(parts.test, split(20, 6, seed=2).test)
+    assert not np.array_equal(parts.test, split(names, 6, seed=2).test)
     few, more = draw(parts.pool, 2, 0), draw(parts.pool, 5, 0)
     assert np.array_equal(few, more[:2])
     assert set(more) <= set(parts.pool)
     assert not np.array_equal(more, draw(parts.pool, 5, 1))
+
+
+def test_a_subject_is_tested_on_with_all_of_its_volumes():
+    subjects = [f"subject_{number % 5}" for number in range(20)]  # 4 volumes each
+    parts = split(subjects, 6, seed=0)
+    tested, trained = ({subjects[number] for number in numbers} for numbers in (parts.test, parts.pool))
+    assert sorted([*parts.pool, *parts.test]) == list(range(20))
+    assert (len(tested), len(parts.test)) == (2, 8)
+    assert not tested & trained
+
+
+def test_a_structure_that_a_volume_hardly_has_is_not_scored():
+    labels = torch.zeros(20, 20, 20, dtype=torch.long)
+    labels[:4, :4, :4], labels[10, 10, :5] = 1, 2
+    first, second, third = of_what_is_there(torch.tensor([0.5, 0.5, 0.0]), labels)
+    assert first == 0.5
+    assert np.isnan(second)
+    assert np.isnan(third)
+
+
+def test_a_probe_that_is_told_the_place_knows_it_besides_the_features():
+    volume = Labelled("a", "a", torch.rand(1, 8, 12, 10), torch.zeros(8, 12, 10, dtype=torch.long), (1.0, 1.0, 1.0))
+    (alone,) = cells_of("raw intensity", [volume])
+    (placed,) = with_place([alone], [volume])
+    (place,) = cells_of("place alone", [volume])
+    assert torch.equal(placed.cells, torch.cat((alone.cells, place.cells)))
+    assert placed.labels is alone.labels
+
+
+def test_heads_are_drawn_with_a_structure_where_its_label_is(tmp_path, monkeypatch):
+    maps, size = tmp_path / "maps", 90
+    (maps / "priors").mkdir(parents=True)
+    heads = np.zeros((size,) * 3, np.int16)
+    heads[20:70, 20:70, 20:70], heads[35:55, 35:55, 35:55] = 3, 2  # cortex around white matter
+    nib.save(nib.Nifti1Image(heads, np.eye(4)), maps / "head.nii.gz")
+    numbers = {"generation_labels": [0, 3, 2], "generation_classes": [0, 1, 2]}
+    numbers |= {"generation_classes_contrast_specific": [0, 2, 1]}
+    numbers |= {"prior_means_t1": [[5, 200, 50], [1, 1, 1]], "prior_stds_t1": [[3, 3, 3], [1, 1, 1]]}
+    for name, values in numbers.items():
+        np.save(maps / "priors" / f"{name}.npy", np.array(values, float))
+    arguments = ["draw_heads.py", "--maps", str(maps), "--output", str(tmp_path / "heads"), "--boxes", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    draw_heads.main(draw_heads.parse_arguments())
+    for path in sorted((tmp_path / "heads" / "labelled" / "images").iterdir()):
+        image, labels = (
+            nib.load(tmp_path / "heads" / "labelled" / part / path.name).get_fdata() for part in ("images", "labels")
+        )
+        assert image.shape == labels.shape == (56, 56, 56)
+        assert set(np.unique(labels)) <= {0, 1, 2}
+        assert np.median(image[labels == 1]) > 2 * np.median(image[labels == 2])  # white matter in T1
+        assert not image[labels == 0].any()
+    names = sorted(path.name for path in (tmp_path / "heads" / "unlabelled").iterdir())
+    assert names == ["sub-01_run-01_MR.nii.gz", "sub-01_run-02_MR.nii.gz"]
 
 
 @pytest.mark.parametrize("network", ["primus", "resenc"])
@@ -161,7 +215,8 @@ def test_a_tiny_experiment_from_volumes_to_table(tmp_path):
     command += ["train.batch_size=2", "--data", tmp_path / "data", "--output", tmp_path / "out", "--networks", "primus"]
     command += ["--arms", "untrained", "MAE + CVA misaligned", "--seeds", "1", "--test", "4", "--rates", "1e-3"]
     command += ["--finetune-arms", "untrained", "--finetune-budgets", "2", "--finetune-draws", "1"]
-    command += ["--budgets", "1", "2", "--draws", "2"]
+    command += ["--budgets", "1", "2", "--draws", "2", "--nsd-budgets", "2", "--place-budgets", "2"]
+    command += ["--finetune-rates", "1e-3"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -169,7 +224,7 @@ def test_a_tiny_experiment_from_volumes_to_table(tmp_path):
         *("untrained", "MAE + CVA misaligned", "raw intensity", "place alone")
     }
     for one in results["results"]:
-        draws = {"probe": 2, "finetune": 1}[one["how"]]
+        draws = {"probe": 2, "placed": 2, "finetune": 1}[one["how"]]
         assert np.shape(one["scores"]["dice"]["2"]) == (1, draws, 4, 2)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert "MAE + CVA misaligned" in (tmp_path / "out" / "table.md").read_text()

@@ -19,7 +19,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_reference import difference, tokens_of
 
+from benchmarks import inference
 from models import PRIMUS_SIZES, PrimusConfig, PrimusModel, ResEncConfig, ResEncModel, architecture
+from models.architectures import segmentation_class
 from models.masked_resenc import MaskedResEnc
 from models.nnunet import CONFIGURATION, adaptation_plan, checkpoint, released_plans
 from models.warm_start import load_pretrained
@@ -353,3 +355,20 @@ def test_our_own_checkpoint_is_a_warm_start_that_asks_nothing(encoder, tmp_path)
     student = architecture(encoder.config.model_type).student(fresh, decoders, 0.75, **wanted)
     load_pretrained(student, str(path))
     assert all(torch.equal(w, encoder.state_dict()[name]) for name, w in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "encoder", [primus((16, 16, 16), **TINY_PRIMUS), resenc(**TINY_RESENC)], ids=["primus", "resenc"]
+)
+def test_a_whole_volume_is_segmented_as_by_monai_and_as_by_nnunet(encoder):
+    torch.manual_seed(0)
+    model = segmentation_class(encoder.config.model_type).from_encoder(encoder, {0: "a", 1: "b", 2: "c"}).eval()
+    for parameter in model.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # probabilities that differ
+    volume, crop_size = torch.randn(1, 24, 20, 16), (16, 16, 16)
+    ours, monai, nnunet = (run(model, volume, crop_size) for run in inference.WAYS.values())
+    assert ours.std() > 0.04
+    assert torch.allclose(ours, monai, atol=1e-5)
+    inner = (slice(None), *[slice(4, -4)] * 3)  # half precision, in which it adds up, has no weights for corners
+    assert (ours - nnunet)[inner].abs().max() < 0.05  # its weights are centred half a voxel further
+    assert (ours - nnunet)[inner].abs().mean() < 0.005

@@ -338,3 +338,30 @@ def test_a_frozen_primus_keeps_its_encoder_and_a_budget_its_subjects(encoders, l
     model, source = load_segmentation(output / "model"), load_encoder(encoders["primus"])
     after = model.encoder.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in source.state_dict().items())
+
+
+def write_rare(folder: Path, cases: int = 9) -> Path:
+    """Noise with one bright ball of 0.4 % of the voxels."""
+    shape = 36, 40, 34
+    for case in range(cases):
+        rng = np.random.default_rng(case)
+        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - rng.uniform(8, 26, 3), axis=-1)
+        ball = distance < 3.5
+        save_nifti(folder / "images" / f"case_{case}.nii.gz", (rng.normal(size=shape) + 4 * ball).astype(np.float32))
+        save_nifti(folder / "labels" / f"case_{case}.nii.gz", ball.astype(np.uint8))
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "ball": 1}}))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_primus_finds_what_is_rare_and_one_that_answers_background_says_so(encoders, tmp_path):
+    given = ["--config", config("ddp"), "--encoder", encoders["primus"], "--data", write_rare(tmp_path / "data")]
+    given += ["data.leave_out=[case_8.nii.gz]", *SHORT[1:], "run.checkpoint_every=60"]
+    learned = launch(*given, "--output", tmp_path / "learned", "train.steps=120", script=ROOT / "finetune.py")
+    scores = json.loads((tmp_path / "learned" / "scores.json").read_text())
+    assert scores["summary"]["test"]["ball"]["dice"]["value"] > 0.5
+    assert "step 120: 0.00% of the voxels held out" not in learned.stderr
+    blind = ["loss.dice_weight=0", "views.foreground_share=0", "optimizer.learning_rate=1e-3", "train.steps=60"]
+    collapsed = launch(*given, "--output", tmp_path / "collapsed", *blind, script=ROOT / "finetune.py")
+    assert "step 60: 0.00% of the voxels held out are taken for foreground" in collapsed.stderr
+    assert "the network has collapsed: lower optimizer.learning_rate" in collapsed.stderr

@@ -48,14 +48,19 @@ Probe = Callable[[Sequence[Case], Sequence[Case], int], list[torch.Tensor]]
 
 
 @torch.no_grad()
-def dense_cells(encoder: PreTrainedModel, volume: torch.Tensor, stride: int, padding: float = 0.0) -> torch.Tensor:
+def dense_cells(
+    encoder: PreTrainedModel, volume: torch.Tensor, stride: int, padding: float | np.ndarray = 0.0
+) -> torch.Tensor:
     """Features `[D, x, y, z]` of the cells that cover a prepared volume `[C, X, Y, Z]`, on its device.
 
-    The volume is read whole, padded at its far end until the encoder's cells and `stride` divide it.
+    The volume is read whole, padded at its far end, with a number or one a channel, until the encoder's cells and
+    `stride` divide it.
     """
     units = [math.lcm(unit, stride) for unit in architecture(encoder.config.model_type).unit(encoder.config)]
     missing = [-size % unit for size, unit in zip(volume.shape[1:], units)]
-    padded = F.pad(volume, [side for size in reversed(missing) for side in (0, size)], value=padding)
+    after = [side for size in reversed(missing) for side in (0, size)]
+    around = np.broadcast_to(padding, len(volume)).tolist()
+    padded = torch.stack([F.pad(channel, after, value=value) for channel, value in zip(volume, around)])
     dense = dense_features(encoder, padded[None].to(encoder.device), stride)[0]
     x, y, z = (-(-size // stride) for size in volume.shape[1:])
     return dense[:, :x, :y, :z].float().to(volume.device)

@@ -17,7 +17,7 @@ from .retrieval import transport, view_retrieval
 from .scores import dice
 from .spread import rank_me
 
-Cells = Callable[[torch.Tensor, float], torch.Tensor]  # a volume [C, X, Y, Z], and what is around it -> [D, x, y, z]
+Cells = Callable[[torch.Tensor, float | np.ndarray], torch.Tensor]  # a volume, and what is around it -> [D, x, y, z]
 
 # how two views of a place differ, where it should be found again
 PLACES, POINTS = (4, 4, 4), (2, 2, 2)  # cells of the shared region, and points that each is read at

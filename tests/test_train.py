@@ -23,6 +23,7 @@ from conftest import (
     torchrun,
     whole_state,
 )
+from test_evaluate_every import save_labelled
 
 import train_cva
 from models import ResEncModel
@@ -47,7 +48,7 @@ def run_here(*arguments):
 
 def losses(output):
     keys = ("step", "loss", "reconstruction", "consistency", "contrastive", "grad_norm", "learning_rate")
-    return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl")]
+    return [[record[k] for k in keys] for record in read_metrics(output / "metrics.jsonl") if "loss" in record]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,24 @@ def run_of(tmp_path_factory, volumes):
         return folder / name
 
     return make
+
+
+@pytest.mark.slow
+def test_a_run_whose_encoders_are_judged_trains_the_same(run_of, volumes, tmp_path):
+    labelled, output = save_labelled(tmp_path / "labelled"), tmp_path / "run"
+    arguments = ["--config", config("zero2"), "--data", volumes, "--output", output, "--evaluate-on", labelled]
+    done = launch(*arguments, *TINY, "run.evaluate_every=2", ranks=2)
+    records = read_metrics(output / "metrics.jsonl")
+    judged = {record["step"]: record["evaluation"]["rows"] for record in records if "evaluation" in record}
+    assert list(judged) == [2, 4]
+    for rows in judged.values():
+        assert rows.keys() == {"encoder", "untrained", "intensity", "place"}
+        assert rows["encoder"].keys() == rows["intensity"].keys() >= {"retrieval", "rank", "linear@1", "knn@1"}
+    assert judged[2]["encoder"] != judged[4]["encoder"]
+    assert judged[2]["untrained"] == judged[4]["untrained"]
+    assert "evaluation  step 4 (untrained): retrieval" in done.stdout
+    assert {"evaluation.md", "evaluation.png"} <= {path.name for path in (output / "report").iterdir()}
+    assert losses(output) == losses(run_of("zero2"))
 
 
 @pytest.mark.parametrize("name", BOTH)

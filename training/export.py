@@ -115,6 +115,11 @@ def export_run(
             draw_report(folder, sample, student, facts, step, draw)
         except Exception as error:  # no picture is worth a run
             warnings.warn(f"report/ could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+        if run.evaluates(step):
+            try:
+                run.evaluation.start(step, last=step == run.recipe.train.steps)
+            except OSError as error:
+                warnings.warn(f"the encoder of step {step} is not judged: {error}", stacklevel=2)
 
     run.background.start(write)
 
@@ -134,7 +139,7 @@ def write_run(
         weights: the composite's full state dict, on the CPU.
         terms: those that are trained.
     """
-    records = [record for record in read_metrics(folder.metrics) if record["step"] <= step]  # training goes on
+    records = [record for record in read_metrics(folder.metrics) if "seconds" in record and record["step"] <= step]
     steps = [0, *(record["step"] for record in records)]
     seconds = sum((record["step"] - before) * record["seconds"] for before, record in zip(steps, records))
     last = next((record for record in reversed(records) if "loss" in record), {})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.sources import is_streamed
 
+from .evaluation import check_evaluation
 from .guards import end_at_once_if_asked
 from .preparation import is_prepared
 from .recipe import Recipe
@@ -30,6 +31,13 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
         metavar="PATH_OR_HUB_ID",
         help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
         "or ORG/NAME[@REVISION] of the Hub",
+    )
+    add(
+        "--evaluate-on",
+        type=Path,
+        metavar="FOLDER",
+        help="with run.evaluate_every: volumes with labels, by which probes judge the encoder (images/ and labels/, "
+        "imagesTr/ and labelsTr/, or prepared)",
     )
     parser.set_defaults(labels=None)  # of others
     return parser.parse_intermixed_args(arguments)
@@ -58,6 +66,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     add("--ranks", type=int, help="of --dry-run: for so many (default: those that were launched)")
     add("--tflops", type=float, help="of --dry-run: what a rank reaches (default: measured here)")
     add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
+    parser.set_defaults(evaluate_on=None)
     return parser
 
 
@@ -79,6 +88,7 @@ class Launch:
     ranks: int
     volumes: int  # of a micro-batch on one rank
     is_first: bool  # of the ranks
+    evaluate_on: Path | None = None  # volumes with labels
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -98,6 +108,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
                 "--stream: --data must be a data set of the Hub, ORG/NAME, or a folder of its parquet files"
             )
         check_streams(recipe)
+    check_evaluation(recipe, arguments.evaluate_on, arguments.stream)
     if not arguments.dry_run:  # which tells it in its own way
         recipe.check_ranks(ranks)
         if arguments.wandb and find_spec("wandb") is None:  # Accelerate would go on without it
@@ -127,6 +138,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         ranks,
         volumes=max(1, recipe.train.batch_size // (ranks * recipe.train.accumulate)),
         is_first=first,
+        evaluate_on=arguments.evaluate_on,
     )
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.files import flush, write_whole
 
-from .recipe import Recipe
+from .recipe import Recipe, flatten
 
 BOOKKEEPING = (  # of a record; all else in it are losses and what is watched of them
     "step",
@@ -130,7 +130,8 @@ class Metrics:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            self._track(record)
+            numbers = record | {"unreadable": len(record.get("unreadable", []))}
+            self._track({key: value for key, value in numbers.items() if key != "step"}, step)
             self.bar.set_postfix_str(
                 f"loss {record.get('loss', math.nan):.3f} lr {learning_rate:.1e} {seconds:.2f} s/step "
                 f"{record['volumes_per_second']:.1f} vol/s data {100 * record['data_wait']:.0f}%"
@@ -153,12 +154,22 @@ class Metrics:
         self.unreadable_before = [*recent, (step, len(lines))]
         return lines
 
-    def _track(self, record: dict[str, float]) -> None:
+    def log_evaluation(self, record: dict, step: int) -> None:
+        """Write what the encoder of an earlier step was found to be worth.
+
+        Args:
+            step: of now, at which the tracker gets it: some take no earlier one.
+        """
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        rows = flatten(record["evaluation"]["rows"], "evaluation.")
+        self._track(rows | {"evaluation.step": record["step"]}, step)
+
+    def _track(self, numbers: dict[str, float], step: int) -> None:
         if not self.tracks:
             return
         try:
-            numbers = record | {"unreadable": len(record.get("unreadable", []))}
-            self.accelerator.log({key: value for key, value in numbers.items() if key != "step"}, step=record["step"])
+            self.accelerator.log(numbers, step=step)
         except Exception as error:  # whatever a tracker's network does, training goes on
             self.tracks = False
             warnings.warn(f"the tracker stopped ({error}): metrics.jsonl has all that it misses", stacklevel=2)

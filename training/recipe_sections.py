@@ -238,6 +238,17 @@ class Running(Section):
     checkpoint_minutes: Weight  # since the last checkpoint; 0: by steps alone
     held_out_batches: PositiveInt  # micro-batches that are not trained on, looked at with each checkpoint
     export_every: PositiveInt  # checkpoints: encoder/, pretraining.safetensors and report/, by a thread; and at the end
+    evaluate_every: Annotated[int, Field(ge=0)]  # steps, of checkpoints: judge the encoder; and at the end; 0: never
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
     gradient_checkpointing: bool  # a third to two thirds of the memory less, a sixth of the operations more
     compile: bool  # the networks' blocks, by torch.compile; not under ZeRO-3
+
+    @model_validator(mode="after")
+    def _with_checkpoints(self):
+        if self.evaluate_every % self.checkpoint_every:
+            better = self.checkpoint_every * max(1, round(self.evaluate_every / self.checkpoint_every))
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every} must be a multiple of checkpoint_every={self.checkpoint_every}: "
+                f"encoders are written with checkpoints; set run.evaluate_every={better}"
+            )
+        return self

@@ -30,6 +30,7 @@ from models.warm_start import find, load_pretrained, origin
 from .background import Background
 from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
 from .estimate import StepCost
+from .evaluation import Evaluation, choose_volumes
 from .facts import Method, RunFacts, what_rounds_otherwise
 from .guards import STOPPED, Guard, ignore_signals, poison, skip_if_not_finite
 from .heartbeat import start_heartbeat
@@ -123,6 +124,12 @@ class Run:
         self.volumes, self.streamed = self.data.volumes, self.data.streamed
         model.student.features.encoder.config.preprocessing["spacing"] = self.data.spacing
         numbers, engine = recipe.model_dump(mode="json"), describe_engine(accelerator)
+        self.evaluation: Evaluation | None = None  # of the main rank alone
+        if recipe.run.evaluate_every:
+            judged = from_main_rank(
+                self.group, lambda: choose_volumes(recipe, launch.evaluate_on, self.folder, self.data, self.print)
+            )
+            self.evaluation = Evaluation(judged, self.folder, self.print) if self.is_main else None
         identity = f"{recipe.name}-{os.urandom(4).hex()}"
         described = launch.data_description or (self.newest.meta["data_description"] if self.newest else None)
         self.facts = RunFacts(
@@ -163,11 +170,13 @@ class Run:
         self.metrics = Metrics(accelerator, self.folder.metrics, self.first_step, recipe, flops, tracks, self.group)
         self.metrics.load(own)
         self.writer = Writer(self.folder.checkpoints, recipe.run.checkpoint_in_background, self.group)
-        self.background, self.checkpoints = Background(self.print), 0
+        self.background, self.checkpoints = Background(self.print, "export", "run.export_every"), 0
         self.export_is_due = False  # for the call of `Results` that comes
         limits = recipe.run.max_skipped, recipe.run.checkpoint_minutes
         self.guard = Guard(accelerator, skipped, *limits, last_good=lambda: self.writer.newest)
         self.end_heartbeat = start_heartbeat(self.group)
+        if self.evaluation:
+            self.evaluation.take_up(self.first_step)
         self.wrapped.train()
 
     def steps(self) -> Iterator[Step]:
@@ -219,6 +228,7 @@ class Run:
         stop, save = self.guard.end_step(step.done, self.grad_norm)
         if step.logs:
             self.metrics.log(step.done, step.lr, self.grad_norm, self.guard.skipped)
+            self._log_evaluations(step.done)
         last = step.done == self.recipe.train.steps
         if not (stop or save or last or step.done % self.recipe.run.checkpoint_every == 0):
             return
@@ -229,7 +239,7 @@ class Run:
             self._stop(step.done)
         if not last:
             self.checkpoints += 1
-            self.export_is_due = self.checkpoints % self.recipe.run.export_every == 0
+            self.export_is_due = self.checkpoints % self.recipe.run.export_every == 0 or self.evaluates(step.done)
             results(step.done)
         self.metrics.leave_out(time.perf_counter() - started)
 
@@ -243,6 +253,9 @@ class Run:
         results(self.recipe.train.steps)
         if error := self.background.wait():
             raise error
+        if self.evaluation:
+            self.evaluation.wait(asked=lambda: self.guard.asked)
+            self._log_evaluations(self.recipe.train.steps)
         self.end_heartbeat()
         say_what_came_of_it(self)
         end_tracker(self.accelerator)
@@ -304,6 +317,15 @@ class Run:
                 file.write(json.dumps({"step": step, **means}) + "\n")
         return *first, means
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the encoder is judged that is exported after so many steps."""
+        every = self.recipe.run.evaluate_every
+        return every > 0 and (step % every == 0 or step == self.recipe.train.steps)
+
+    def _log_evaluations(self, step: int) -> None:
+        for record in self.evaluation.results() if self.evaluation else ():
+            self.metrics.log_evaluation(record, step)
+
     @property
     def draws(self) -> bool:
         """Whether this rank draws pictures now."""
@@ -358,6 +380,9 @@ class Run:
     def _stop(self, step: int) -> None:
         self.writer.wait()
         self.background.wait()
+        if self.evaluation:
+            self.evaluation.end()
+            self._log_evaluations(step)
         del self.loader  # its processes end when it does
         self.end_heartbeat()
         self.print(f"stopped     at step {step} as asked; go on from there with --resume auto")

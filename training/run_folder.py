@@ -29,6 +29,7 @@ class RunFolder:
         self.scores = path / "scores.json"  # of the same, on whole volumes
         self.weights = path / RUN_WEIGHTS  # student, teacher and heads
         self.report = path / "report"
+        self.evaluation = path / "evaluation"  # volumes of --evaluate-on, and what is being judged
         self.logs = path / "logs"  # of TensorBoard
         self.prepared = path / "prepared"  # volumes, unless they are kept elsewhere
 

@@ -40,6 +40,8 @@ def say_what_came_of_it(run: "Run") -> None:
             if key in terms or key.startswith(tuple(f"{term}_by_" for term in terms))
         )
         run.print(f"held out    {', '.join(shown)}")
+    if (table := run.folder.report / "evaluation.md").exists():
+        run.print(f"evaluation  {table}: all scores, beside what has learned nothing")
     waited = 100 * sum(r["data_wait"] for r in records) / max(1, len(records))
     seconds = time.perf_counter() - run.started
     run.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")

@@ -34,7 +34,10 @@ def check_channels(found: Iterable[str | None], channels: Sequence[str], there: 
     if absent := [name for number, name in enumerate(channels) if number not in numbers]:
         counts = Counter(source.modality or "unknown" for source in there if source.subject).most_common(9)
         words = ", ".join(f"{name} ({count})" for name, count in counts) or "none whose subject and modality are known"
-        raise ValueError(f"data.channels: no volume is {' or '.join(absent)}; there are {words}")
+        raise ValueError(
+            f"data.channels: no volume is {' or '.join(absent)}; there are {words}. Name those there, or [] for "
+            "each volume alone"
+        )
 
 
 def grouped(sources: Sequence[Source], channels: Sequence[str]) -> tuple[list[tuple[Source, ...]], LeftOut]:

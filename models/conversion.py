@@ -146,9 +146,13 @@ def _fit(
         and len(tensor) == shape[0]
     ):
         old, new = tensor.shape[1], shape[1]
-        if new % old == 0:
-            changed.append(f"input channels repeated from {old} to {new}")
-            return tensor.repeat(1, new // old, 1, 1, 1) * old / new
+        if new % old:
+            raise ValueError(
+                f"these weights read {old} channels, and the recipe {new}: name {old} modalities, or a multiple of "
+                "them, in data.channels, or take weights of other channels"
+            )
+        changed.append(f"input channels repeated from {old} to {new}")
+        return tensor.repeat(1, new // old, 1, 1, 1) * old / new
     if name.endswith("position_embedding") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
         registers = config.num_register_tokens if name.startswith("transformer.") else 0
         before, tokens = tensor.tensor_split([registers], dim=1)

@@ -161,7 +161,9 @@ def test_groups_are_of_subject_and_session():
         "f": "its modality is not one of data.channels",
     }
     assert group_channels(found, ()) == ([(one,) for one in found], [])
-    with pytest.raises(ValueError, match=r"no volume is PD; there are T1w \(1\), flair \(1\), .*T2w \(1\)"):
+    with pytest.raises(
+        ValueError, match=r"no volume is PD; there are T1w \(1\), flair \(1\), .*T2w \(1\)\. Name those there, or \[\]"
+    ):
         group_channels(found, ("T1w", "PD"))
 
 

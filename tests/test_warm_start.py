@@ -178,6 +178,9 @@ def test_another_crop_resizes_the_position_embedding_and_channels_are_repeated(t
     crop = torch.randn(1, 1, 16, 32, 16)
     ours = student.features.encoder(crop.expand(-1, 2, -1, -1, -1), stages=["stage2"]).feature_maps["stage2"]
     assert difference(ours, other.encode(crop)) < 1e-5
+    student.features.encoder.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"read 2 channels, and the recipe 1: name 2 modalities.* in data\.channels"):
+        load_pretrained(primus_student((16, 32, 16)), str(tmp_path / "two"))
 
 
 def test_the_crop_of_our_own_runs_is_read_beside_the_weights(tmp_path):

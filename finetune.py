@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import NonNegativeInt, field_validator
 
 from data.demo import demo_labelled
 from data.labels import Classes, check_labels, counts_in_words, draw_labelled_view, labelled_rows
@@ -35,10 +35,10 @@ from data.sources import labels_beside
 from data.split import Split, split_by_subject
 from data.stream import Batch, SampleStream, render
 from finetuning.segmentation import evaluate, export_segmentation, warn_of_collapse
-from finetuning.taken_over import numbers_of_encoder, numbers_of_labels
+from finetuning.taken_over import numbers_of_labels, take_over
 from losses.segmentation import segmentation_objective
 from models import segmentation_class
-from models.section import BelowOne, PositiveFloat, Section, Share, Weight
+from models.section import PositiveFloat, Share, Weight
 from models.segmentation import Segmentation
 from planning.banner import print_banner
 from planning.dry_run import dry_run
@@ -46,7 +46,7 @@ from training import recipe_sections
 from training.command_line import run as run_script
 from training.estimate import noise_batch, step_cost
 from training.facts import Method
-from training.launch import common_parser, read_launch
+from training.launch import fine_tuning_parser, read_launch
 from training.recipe import Recipe, load_recipe
 from training.run import Run
 from training.student import build_fresh_encoder, checkpoint_gradients
@@ -57,10 +57,8 @@ DEMO = Path(__file__).resolve().parent / "recipes" / "demo_segmentation.yaml"
 # --------------------------------------------------------------------------- the recipe's own sections
 
 
-class Data(recipe_sections.Data):
+class Data(recipe_sections.LabelledData):
     classes: dict[str, NonNegativeInt]  # name: value in the label maps, background first; {}: as the data say
-    budget: PositiveInt | None  # labelled subjects to train on; null: all
-    budget_seed: NonNegativeInt
 
     @field_validator("classes")
     @classmethod
@@ -75,19 +73,12 @@ class Views(recipe_sections.Views):
     foreground_share: Share  # of the crops, which are centred on a voxel of a class
 
 
-class Encoder(Section):
-    frozen: bool
-    layer_decay: Share  # of the learning rate, a block or stage away from the decoder: 1 is the same for all
-
-
 class Loss(recipe_sections.Loss):
     dice_weight: Weight
     cross_entropy_weight: Weight
 
 
-class Inference(Section):
-    overlap: BelowOne  # share of a window that it has in common with the next one along an axis
-    mirror: bool  # look at all 8 mirrored copies
+class Inference(recipe_sections.Inference):
     tolerance: PositiveFloat  # mm, of the surface Dice
 
 
@@ -95,7 +86,7 @@ class SegmentationRecipe(Recipe):
     method: Literal["segmentation"]
     data: Data
     views: Views
-    encoder: Encoder
+    encoder: recipe_sections.Encoder
     loss: Loss
     inference: Inference
 
@@ -111,7 +102,7 @@ class SegmentationRecipe(Recipe):
     def uses_labels(self) -> bool:
         return True
 
-    def split(self, manifest: Manifest) -> Split:
+    def split(self, manifest: Manifest, targets: None = None) -> Split:
         """Of the volumes that have labels."""
         data, rows = self.data, labelled_rows(manifest)
         check_labels(manifest, rows, self.classes)
@@ -151,32 +142,27 @@ def make_batch(samples: dict, device: torch.device, recipe: SegmentationRecipe) 
 
 def write_results(run: Run, recipe: SegmentationRecipe, step: int) -> None:
     batch, outputs, means = run.score_held_out(step, partial(make_batch, device=run.device, recipe=recipe))
-    warn_of_collapse(step, means)
+    if run.is_main:
+        warn_of_collapse(step, means)
     export_segmentation(run, step, batch, outputs, recipe.classes)
 
 
 def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = common_parser(manual)
-    add = parser.add_argument
-    add("--encoder", metavar="PATH_OR_HUB_ID", help="what to fine-tune")
-    add("--from-scratch", action="store_true", help="as with --encoder, but from random weights")
-    add("--labels", type=Path, help="folder of the label maps (default: labelsTr or labels, beside the volumes)")
-    parser.set_defaults(stream=False)
+    parser = fine_tuning_parser(manual)
+    beside = "folder of the label maps (default: labelsTr or labels, beside the volumes)"
+    parser.add_argument("--labels", type=Path, help=beside)
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if not (arguments.encoder or arguments.from_scratch):
-        raise ValueError("name --encoder PATH_OR_HUB_ID, or train --from-scratch")
+    taken = take_over(arguments)
     if arguments.data is None:
         arguments.data = Path("runs") / "demo_labelled"
         demo_labelled(arguments.data)
     arguments.labels = arguments.labels or labels_beside(arguments.data)
-    taken = numbers_of_encoder(arguments.encoder) if arguments.encoder else []
     if not any(override.startswith("data.classes=") for override in arguments.overrides):
         taken += numbers_of_labels(arguments.data, arguments.labels)
     recipe = load_recipe(arguments.recipe or DEMO, [*taken, *arguments.overrides], SegmentationRecipe)
-    arguments.init_from = None if arguments.from_scratch else arguments.encoder
     launch = read_launch(arguments, recipe)
     model = build_model(recipe)
     noise = partial(noise_batch, build_stream, make_batch, recipe)

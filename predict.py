@@ -1,8 +1,10 @@
-"""Segment NIfTI volumes with a fine-tuned model: masks in the space, orientation and spacing of each file.
+"""Let a fine-tuned model segment NIfTI volumes, or answer for whole ones.
 
     python predict.py runs/segmentation/model FOLDER_OR_FILES --output masks
 
-MODEL is an OUTPUT of finetune.py, its model/, or a Hub id. Of a folder all volumes below it are taken (label maps and
+Masks are in the space, orientation and spacing of each file; a model of finetune_volumes.py writes OUTPUT/answers.csv.
+
+MODEL is an OUTPUT of a fine-tuning, its model/, or a Hub id. Of a folder all volumes below it are taken (label maps and
 the like are left out by their names, as prepare_data.py does), and their paths are kept; a model of several channels
 finds those of a case by the layout of the folder (BIDS, nnU-Net's _0000 and _0001). What is there already is not done
 again; a file that cannot be used is named and the others go on, with exit code 1 at the end.
@@ -17,6 +19,7 @@ import argparse
 import gzip
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -31,15 +34,19 @@ from data.labels import Classes
 from data.normalisation import BadVolume
 from data.placement import Placed, to_source_grid
 from data.sources import Listing, Source, find_sources, is_nifti, with_labels
+from evaluation.answers import append_row, rows_done
 from evaluation.cases import Scored, write_scores
-from evaluation.inference import class_probabilities
+from evaluation.inference import answer_of_volume, class_probabilities
 from evaluation.scores import segmentation_scores
-from models import load_segmentation
+from models import ImageClassificationModel, load_fine_tuned
+from models.modeling_classification import CLASSIFICATION
 from models.warm_start import find
 from models.weight_files import read_json
 from training.command_line import DISK_ERRORS, run
 from training.export import OF_FINE_TUNING, processor
 from training.run_folder import RunFolder
+
+Writer = tuple[Callable[[Source], bool], Callable[[Source, list[Path]], None]]  # is a case done, and what does it
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, or ORG/NAME[@REVISION] of the Hub")
     add("inputs", nargs="+", type=Path, metavar="FOLDER_OR_FILES", help="one folder, or NIfTI files")
-    add("--output", type=Path, required=True, help="folder of the masks")
+    add("--output", type=Path, required=True, help="folder of the masks or answers")
     add("--probabilities", action="store_true", help="write the probability of each class, too, as NAME_probabilities")
     add("--labels", type=Path, help="folder of true label maps, to score the masks")
     add("--overlap", type=float, help="share of a window that the next one repeats (default: as in its fine-tuning)")
@@ -99,11 +106,20 @@ def predict_case(
     Raises:
         BadVolume, OSError: if a file cannot be used.
     """
-    prepare = processor(model.config)
-    placed = prepare.place(dict(zip(prepare.channels, images)) if prepare.channels else images[0])
-    volume = torch.from_numpy(placed.voxels).to(model.device)
-    found = class_probabilities(model, volume, placed.padding, prepare.crop_size, overlap, mirror, windows)
+    placed = place(model, images)
+    volume, crop_size = torch.from_numpy(placed.voxels).to(model.device), processor(model.config).crop_size
+    found = class_probabilities(model, volume, placed.padding, crop_size, overlap, mirror, windows)
     return to_source_grid(found.cpu(), placed), placed
+
+
+def place(model: PreTrainedModel, images: list[Path]) -> Placed:
+    """A file, or one for each of the model's channels, prepared.
+
+    Raises:
+        BadVolume, OSError: if a file cannot be used.
+    """
+    prepare = processor(model.config)
+    return prepare.place(dict(zip(prepare.channels, images)) if prepare.channels else images[0])
 
 
 def save_image(voxels: np.ndarray, like: Path, file: Path) -> None:
@@ -116,14 +132,36 @@ def save_image(voxels: np.ndarray, like: Path, file: Path) -> None:
     write_whole(file, lambda temporary: temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=3)))
 
 
-def write_prediction(
-    model: PreTrainedModel, values: np.ndarray, images: list[Path], file: Path, probabilities: bool, how: dict
-) -> None:
-    found, _ = predict_case(model, images, **how)
-    if probabilities:
-        stem = file.name.removesuffix(".nii.gz")
-        save_image(found.movedim(0, -1).numpy(), images[0], file.with_name(f"{stem}_probabilities.nii.gz"))
-    save_image(values[found.argmax(dim=0).numpy()], images[0], file)  # last: it is the mark that the case is done
+def mask_writer(model: PreTrainedModel, facts: dict, arguments: argparse.Namespace, how: dict) -> Writer:
+    values = np.array(list(facts["classes"].values()))
+    values = values.astype(np.min_scalar_type(int(values.max())))
+
+    def write(source: Source, images: list[Path]) -> None:
+        file, (found, _) = mask_of(source, arguments.output), predict_case(model, images, **how)
+        if arguments.probabilities:
+            stem = file.name.removesuffix(".nii.gz")
+            save_image(found.movedim(0, -1).numpy(), images[0], file.with_name(f"{stem}_probabilities.nii.gz"))
+        save_image(values[found.argmax(dim=0).numpy()], images[0], file)  # last: it is the mark that the case is done
+
+    return lambda source: mask_of(source, arguments.output).exists(), write
+
+
+def answer_writer(model: PreTrainedModel, facts: dict, arguments: argparse.Namespace, how: dict) -> Writer:
+    """Into a table: a class and the probability of each, or the number."""
+    if arguments.labels or arguments.probabilities:
+        raise ValueError(f"--labels and --probabilities are for models that segment; {arguments.model} does not")
+    names, classifies = [*model.config.id2label.values()], model.config.problem_type == CLASSIFICATION
+    columns = ["path", "class", *(f"probability of {name}" for name in names)] if classifies else ["path", *names]
+    file, crop_size = arguments.output / "answers.csv", processor(model.config).crop_size
+    done = rows_done(file, columns)
+
+    def write(source: Source, images: list[Path]) -> None:
+        placed = place(model, images)
+        volume = torch.from_numpy(placed.voxels).to(model.device)
+        answer = answer_of_volume(model, volume, placed.padding, crop_size, **how).tolist()
+        append_row(file, [source.path, *([names[int(np.argmax(answer))]] if classifies else []), *answer])
+
+    return lambda source: source.path in done, write
 
 
 # --------------------------------------------------------------------------- the model, and how good it is
@@ -139,7 +177,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, dict]:
     if place.encoder.is_dir():
         raise ValueError(f"{source}: it is a run that pretrains, fine-tune what it made with finetune.py")
     folder = place.model if place.model.is_dir() else find(source).parent
-    model = load_segmentation(folder)
+    model = load_fine_tuned(folder)
     if not (folder / OF_FINE_TUNING).is_file():
         raise ValueError(
             f"{source}: {OF_FINE_TUNING} is missing, which says what its classes are: fine-tune with finetune.py"
@@ -174,28 +212,26 @@ def score(folder: Path, labels: Path, cases: list[Source], facts: dict, toleranc
 
 def main(arguments: argparse.Namespace) -> None:
     model, facts = load_model(arguments.model)
-    model = model.to(arguments.device).eval()
-    inference, values = facts["recipe"]["inference"], np.array(list(facts["classes"].values()))
-    values = values.astype(np.min_scalar_type(int(values.max())))
+    model, inference = model.to(arguments.device).eval(), facts["recipe"]["inference"]
     asked = {"overlap": arguments.overlap, "mirror": arguments.mirror}
     how = {key: inference[key] if value is None else value for key, value in asked.items()}
     how |= {"windows": arguments.windows}
     root, cases = find_cases(arguments.inputs, processor(model.config).channels)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    kind = answer_writer if isinstance(model, ImageClassificationModel) else mask_writer
+    is_done, write = kind(model, facts, arguments, how)
     bad = 0
     for case in tqdm(cases, desc="predicting", unit="case"):
-        file = mask_of(case[0], arguments.output)
-        if file.exists():
+        if is_done(case[0]):
             continue
         try:
-            images = [root / one.path for one in case]
-            write_prediction(model, values, images, file, arguments.probabilities, how)
+            write(case[0], [root / one.path for one in case])
         except (BadVolume, OSError) as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             bad += 1
             tqdm.write(f"left out    {case[0].path}: {error}")
-    print(f"masks       {len(cases) - bad} of {len(cases)} in {arguments.output}")
+    print(f"predicted   {len(cases) - bad} of {len(cases)} in {arguments.output}")
     if arguments.labels:
         score(arguments.output, arguments.labels, [case[0] for case in cases], facts, inference["tolerance"])
     if bad:

@@ -13,11 +13,11 @@ Once you have seen it there, for everyone:
 
     python publish.py runs/primus_m --to hub:ORG/NAME --license cc-by-4.0 --public
 
-What is published is an OUTPUT of a script, finished or not, or a folder in it (encoder/, of finetune.py model/), or a
+What is published is an OUTPUT of a script, finished or not, or a folder in it (encoder/, of a fine-tuning model/), or a
 bundle. A bundle holds config.json, model.safetensors and the code for `AutoModel` (of a fine-tuned model,
-`AutoModelForSemanticSegmentation`), preprocessor_config.json for `AutoImageProcessor`, the model card, with the scores
-of a fine-tuned model, and of an encoder checkpoint_final.pth, adaptation_plan.json and nnunet_plans.json where nnU-Net
-has such a network.
+`AutoModelForSemanticSegmentation` or `AutoModelForImageClassification`), preprocessor_config.json for
+`AutoImageProcessor`, the model card, with the scores of a fine-tuned model, and of an encoder checkpoint_final.pth,
+adaptation_plan.json and nnunet_plans.json where nnU-Net has such a network.
 
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
 average, which has seen whole, unmasked crops.
@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,9 +38,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedModel
 
 from finetuning.segmentation_card import segmentation_card
-from models import architecture, load_encoder, load_segmentation
+from finetuning.whole_volume_card import whole_volume_card
+from models import ImageClassificationModel, SegmentationModel, architecture, load_encoder, load_fine_tuned
 from models.conversion import reference_names
-from models.modeling_segmentation import SegmentationModel
 from models.nnunet import adaptation_plan, checkpoint, fresh_decoder, released_plans
 from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
 from models.weight_files import read_json, read_weights
@@ -47,6 +48,7 @@ from training.command_line import is_for_the_user, run
 from training.export import (
     FACTS,
     FOR_SEGMENTATION,
+    FOR_WHOLE_VOLUMES,
     OF_FINE_TUNING,
     read_run_weights,
     replace_folder,
@@ -56,6 +58,10 @@ from training.export import (
 from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
 
+FINE_TUNED = {  # transformers' class for such models, and what writes their card
+    SegmentationModel: (FOR_SEGMENTATION, segmentation_card),
+    ImageClassificationModel: (FOR_WHOLE_VOLUMES, whole_volume_card),
+}
 PLAN = "adaptation_plan.json"
 RELEASED_PLANS = "nnunet_plans.json"
 BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
@@ -180,8 +186,14 @@ def fine_tuned_folder(source: Path) -> Path | None:
 
 def write_fine_tuned(model: PreTrainedModel, facts: dict, where: str, license: str | None, folder: Path) -> None:
     """Fill an empty folder with a fine-tuned model."""
-    card = segmentation_card(model, facts, where.removeprefix("hub:"), license)
-    write_model(model, FOR_SEGMENTATION, OF_FINE_TUNING, facts, card, folder)
+    auto, card = kind_of(model)
+    text = card(model, facts, where.removeprefix("hub:"), license)
+    write_model(model, auto, OF_FINE_TUNING, facts, text, folder)
+
+
+def kind_of(model: PreTrainedModel) -> tuple[str, Callable[..., str]] | None:
+    """Its entry of `FINE_TUNED`; None of an encoder."""
+    return next((found for kind, found in FINE_TUNED.items() if isinstance(model, kind)), None)
 
 
 # --------------------------------------------------------------------------- where it goes
@@ -191,7 +203,7 @@ def check_overwrite(where: str, files: set[str], model_type: str | None, model: 
     """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
     kind = model.config.model_type
     of_encoder = {FACTS, *([PLAN] if architecture(kind).nnunet else [])}  # a run's encoder/ has no plan
-    marks = {"config.json", *([OF_FINE_TUNING] if isinstance(model, SegmentationModel) else of_encoder)}
+    marks = {"config.json", *([OF_FINE_TUNING] if kind_of(model) else of_encoder)}
     bundle = BUNDLE | {name for name in files if re.fullmatch(r"(modeling|configuration)_\w+\.py", name)}
     if files and (not marks <= files or files - bundle or model_type != kind):
         found = ", ".join(sorted(files - bundle or files)[:3])
@@ -243,7 +255,7 @@ def main(arguments: argparse.Namespace) -> None:
     if folder := fine_tuned_folder(arguments.source):
         if arguments.network:
             raise ValueError(f"{arguments.source}: a fine-tuned model has no teacher: leave --weights out")
-        model = load_segmentation(folder)
+        model = load_fine_tuned(folder)
         write = partial(write_fine_tuned, model, read_json(folder / OF_FINE_TUNING), arguments.to, arguments.license)
     else:
         model, facts, decoder = read_source(arguments.source, arguments.network)
@@ -263,7 +275,7 @@ def main(arguments: argparse.Namespace) -> None:
         check_overwrite(arguments.to, files, known.get("model_type"), model)
         replace_folder(place, write)
     print(f"published   {place}")
-    auto = FOR_SEGMENTATION if isinstance(model, SegmentationModel) else "AutoModel"
+    auto, _ = kind_of(model) or ("AutoModel", None)
     print(f'transformers {auto}.from_pretrained("{repo_id}", trust_remote_code=True)')
 
 

@@ -45,3 +45,17 @@ def demo_labelled(folder: Path) -> None:
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / name, fill)
+
+
+def demo_of_sizes(folder: Path) -> Path:
+    """Fill a folder with 24 copies of the demo's volume at 3 mm, each of another size; returns a table of these."""
+    image = nib.load(demo_volume())
+    voxels, sizes = np.asarray(image.dataobj)[::3, ::3, ::3], np.linspace(0.8, 1.25, 24)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate(sizes):
+        affine = image.affine @ np.diag([3 * size, 3 * size, 3 * size, 1.0])
+        content = nib.Nifti1Image(voxels, affine).to_bytes()
+        write_whole(folder / f"head_{number:02}.nii", lambda file, content=content: file.write_bytes(content))
+    lines = ["path,size", *(f"head_{number:02}.nii,{size:.3f}" for number, size in enumerate(sizes))]
+    write_whole(folder / "sizes.csv", lambda file: file.write_text("\n".join(lines) + "\n"))
+    return folder / "sizes.csv"

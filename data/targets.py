@@ -1,6 +1,8 @@
 """What a table says of whole volumes: a class or a number for each subject."""
 
 import csv
+import hashlib
+import json
 import math
 import warnings
 from collections import Counter
@@ -11,7 +13,8 @@ SUBJECT_COLUMNS = ("subject", "path")  # of a table, the first one there counts
 
 
 def read_targets(table: Path, column: str, subjects: Sequence[str]) -> dict[str, str]:
-    """What a `.csv` or `.tsv` has in a column for each subject, of those that it lists; warns of others.
+    """What a `.csv` or `.tsv` has in a column for each subject, of those that it lists; warns of those that are in one
+    alone, the data or the table.
 
     Args:
         subjects: named as in `Manifest.subjects`; a table may leave out their data set.
@@ -19,18 +22,23 @@ def read_targets(table: Path, column: str, subjects: Sequence[str]) -> dict[str,
     Raises:
         ValueError: if it is not of that form, a value is missing or NaN, a subject has two, or none is listed.
     """
-    listed = _read_column(table, column)
+    listed = read_column(table, column)
     last = Counter(subject.rpartition("/")[2] for subject in subjects)
 
-    def value_of(subject: str) -> str | None:
+    def name_of(subject: str) -> str | None:
+        """In the table."""
         name = subject.rpartition("/")[2]
-        return listed.get(subject, listed.get(name) if last[name] == 1 else None)
+        return subject if subject in listed else name if name in listed and last[name] == 1 else None
 
-    found = {subject: value for subject in subjects if (value := value_of(subject)) is not None}
+    names = {subject: name for subject in subjects if (name := name_of(subject))}
+    found = {subject: listed[name] for subject, name in names.items()}
     if not found:
         raise ValueError(f"{table} lists none of the {len(subjects)} subjects, such as {subjects[0]}")
     if without := [subject for subject in subjects if subject not in found]:
         say = f"{len(without)} of {len(subjects)} subjects are not in {table} and are left out, such as {without[0]}"
+        warnings.warn(say, stacklevel=2)
+    if unused := sorted(listed.keys() - names.values()):
+        say = f"{len(unused)} of the {len(listed)} that {table} lists have no volume, such as {unused[0]}"
         warnings.warn(say, stacklevel=2)
     return found
 
@@ -77,7 +85,17 @@ def _order(name: str) -> tuple[bool, float, str]:
         return True, 0.0, name
 
 
-def _read_column(table: Path, column: str) -> dict[str, str]:
+def fingerprint(targets: Mapping[str, str]) -> str:
+    """Of what a table says: the same in whatever order."""
+    return hashlib.sha256(json.dumps(sorted(targets.items())).encode()).hexdigest()[:16]
+
+
+def read_column(table: Path, column: str) -> dict[str, str]:
+    """What a `.csv` or `.tsv` has in a column, by what it calls the subjects.
+
+    Raises:
+        ValueError: if it is not of that form, a value is missing or NaN, or a subject has two.
+    """
     try:
         with table.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
@@ -91,6 +109,8 @@ def _read_column(table: Path, column: str) -> dict[str, str]:
     for name, there in ((" or ".join(SUBJECT_COLUMNS), key), (column, column in columns)):
         if not there:
             raise ValueError(f"{table}: no column {name} among its columns {', '.join(columns) or '(none)'}")
+    if not any(any(row.values()) for _, row in rows):
+        raise ValueError(f"{table}: no line below its columns: list the subjects, one a line")
     found: dict[str, str] = {}
     for line, row in rows:
         if not any(row.values()):  # spreadsheets end in such lines

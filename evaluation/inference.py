@@ -1,6 +1,7 @@
-"""A segmentation network on whole volumes: windows that overlap, weighted by a Gaussian; mirrored copies averaged."""
+"""Networks on whole volumes: windows that overlap, mirrored copies averaged."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,16 +34,11 @@ def class_probabilities(
         mirror: also look at all mirrored copies, which takes 8 times as long.
         windows: at once.
     """
-    size = volume.shape[1:]
-    missing = [max(0, want - have) for want, have in zip(crop_size, size)]
-    around = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
-    level = torch.tensor(padding, dtype=volume.dtype, device=volume.device)[:, None, None, None]
-    padded = (F.pad(volume - level, around) + level)[None]
-    axes = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)] if mirror else [()]
-    logits = None
+    padded, inner = _padded(volume, padding, crop_size)
+    axes, logits = _mirrored(mirror), None
     for flipped in axes:
         seen = sliding_window_inference(
-            padded.flip(flipped),
+            padded[None].flip(flipped),
             tuple(crop_size),
             windows,
             lambda crops: model(crops).logits.float(),
@@ -50,5 +46,56 @@ def class_probabilities(
             mode="gaussian",
         ).flip(flipped)
         logits = seen if logits is None else logits.add_(seen)
-    inner = tuple(slice(n // 2, n // 2 + have) for n, have in zip(missing, size))
     return (logits[0] / len(axes))[(slice(None), *inner)].softmax(dim=0)
+
+
+@torch.inference_mode()
+def answer_of_volume(
+    model: PreTrainedModel,
+    volume: torch.Tensor,
+    padding: Sequence[float],
+    crop_size: Sequence[int],
+    overlap: float,
+    mirror: bool,
+    windows: int = 1,
+) -> torch.Tensor:
+    """Probabilities of the classes, or the number, `[K]` float32, of a whole prepared volume: the mean over windows.
+
+    Windows are spread evenly from one end of the volume to the other, as few as overlap enough.
+
+    Args:
+        model: of classification or regression; all else is as for `class_probabilities`.
+    """
+    padded, _ = _padded(volume, padding, crop_size)
+    starts = [window_starts(have, want, overlap) for have, want in zip(padded.shape[1:], crop_size)]
+    flips = [tuple(axis - 1 for axis in axes) for axes in _mirrored(mirror)]  # crops have no batch yet
+    crops = [
+        padded[(slice(None), *(slice(start, start + want) for start, want in zip(place, crop_size)))].flip(flipped)
+        for place in itertools.product(*starts)
+        for flipped in flips
+    ]
+    answers = [model.answers(model(torch.stack(crops[n : n + windows])).logits) for n in range(0, len(crops), windows)]
+    return torch.cat(answers).mean(dim=0)
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """Where windows start along an axis of at least a window's size."""
+    steps = math.ceil((size - window) / max(1.0, window * (1 - overlap)))
+    return [round(step * (size - window) / max(steps, 1)) for step in range(steps + 1)]
+
+
+def _padded(
+    volume: torch.Tensor, padding: Sequence[float], crop_size: Sequence[int]
+) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """`[C, X, Y, Z]` with padding on all sides where it is smaller than a window, and where it lies in that."""
+    size = volume.shape[1:]
+    missing = [max(0, want - have) for want, have in zip(crop_size, size)]
+    around = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
+    level = torch.tensor(padding, dtype=volume.dtype, device=volume.device)[:, None, None, None]
+    inner = tuple(slice(n // 2, n // 2 + have) for n, have in zip(missing, size))
+    return F.pad(volume - level, around) + level, inner
+
+
+def _mirrored(mirror: bool) -> list[tuple[int, ...]]:
+    """The axes of `[B, C, X, Y, Z]` that each copy is mirrored along."""
+    return [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)] if mirror else [()]

@@ -26,7 +26,11 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def dice(predicted: torch.Tensor, true: torch.Tensor, classes: int) -> torch.Tensor:
@@ -161,11 +165,14 @@ def classification_scores(probabilities: np.ndarray, classes: np.ndarray, seed: 
 
 
 def regression_scores(predicted: np.ndarray, true: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
-    """Scores of whole volumes: `mae`, in the units of `true` `[N]`, and `r2`, 0 for who always says the mean."""
+    """Scores of whole volumes: `mae`, in the units of `true` `[N]`, and `r2`, 0 for who always says the mean.
+
+    Draws of cases that have all the same are left out of `r2`.
+    """
     from sklearn.metrics import mean_absolute_error, r2_score
 
     predicted, true = np.asarray(predicted, dtype=float), np.asarray(true, dtype=float)
-    rows = {"mae": mean_absolute_error, "r2": r2_score}
+    rows = {"mae": mean_absolute_error, "r2": lambda t, p: r2_score(t, p) if np.ptp(t) else float("nan")}
     return {
         name: bootstrap(lambda n, s=score: s(true[n], predicted[n]), len(true), seed) for name, score in rows.items()
     }

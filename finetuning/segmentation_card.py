@@ -1,11 +1,12 @@
 """The card of a model that was fine-tuned to segment: what it is, how to use it, what it scored and on what."""
 
-import yaml
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from models import architecture
-from training.model_card import preparation_section, times
+from training.model_card import preparation_section
+
+from .card_sections import licence_section, limits_section, training_section
 
 
 def segmentation_card(model: PreTrainedModel, facts: dict, where: str, license: str | None = None) -> str:
@@ -24,7 +25,6 @@ def segmentation_card(model: PreTrainedModel, facts: dict, where: str, license: 
         pipeline_tag="image-segmentation",
         tags=["medical-imaging", "3d", "segmentation", config.model_type],
     )
-    told = facts.get("data_description") or "its author has not said which"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {row.name}, fine-tuned to segment {', '.join(name for _, name in sorted(config.id2label.items())[1:])}",
@@ -33,18 +33,9 @@ def segmentation_card(model: PreTrainedModel, facts: dict, where: str, license: 
         _use(where),
         _scores(facts.get("scores")),
         preparation_section(config.preprocessing),
-        _training(facts),
-        f"""## Intended use and limits
-
-For research on volumes like those it was trained on: {told}. Not a medical device, and not evaluated for any clinical
-decision.""",
-        f"""## Licence
-
-The Python files are Apache-2.0 (LICENSE). {
-            f"The weights: {license}."
-            if license
-            else "The licence of the weights is for their author to state, as their data allow."
-        }""",
+        training_section(facts, "labelled volume"),
+        limits_section(facts),
+        licence_section(license),
         f"## Citation\n\n{row.name}: {row.paper}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -92,25 +83,3 @@ mm. `training` are volumes that it was trained on, which say nothing of others.
 | volumes | class | Dice | NSD | HD95 | cases |
 |---|---|---|---|---|---|
 {table}"""
-
-
-def _training(facts: dict) -> str:
-    recipe = facts.get("recipe")
-    if not isinstance(recipe, dict):
-        return "## Training\n\nNothing is known of it: the model came without its record."
-    train, count, crop = recipe["train"], facts.get("volumes"), times(recipe["views"]["crop_size"])
-    volumes = f"{count} labelled volume{'s' if count != 1 else ''}"
-    start = f"from {facts['origin']}" if facts.get("origin") else "from random weights"
-    return f"""## Training
-
-Recipe `{recipe["name"]}`, {facts.get("step", "?")} of {train["steps"]} steps of {train["batch_size"]} crops of
-{crop} voxels, drawn from {volumes}, {start}, on {facts.get("engine", "unknown hardware")}. Not trained on:
-{facts.get("validation_subjects", 0)} subjects kept for validation, and those of `data.leave_out`.
-
-<details><summary>The whole recipe</summary>
-
-```yaml
-{yaml.safe_dump(recipe, sort_keys=False).strip()}
-```
-
-</details>"""

@@ -1,5 +1,6 @@
 """What a fine-tuning takes over from its encoder and from its labelled data, as numbers of its recipe."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,25 @@ import yaml
 from data.labels import Classes, classes_of, find_dataset, labelled_rows, read_classes
 from data.manifest import FOR_RUNS, LABELS, read_manifest
 from models import architecture
+from models.architectures import fine_tuned
 from models.warm_start import find
 from models.weight_files import read_json
 from training.preparation import is_prepared
 
 OF_DATA = ("orientation", "spacing", "intensity", "intensity_of_ct", "channels")
 OF_VIEWS = ("crop_size", "coarsest_last")
+
+
+def take_over(arguments: argparse.Namespace) -> list[str]:
+    """The numbers of `--encoder`, see below; sets `init_from`, the weights to start from, None with `--from-scratch`.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if not (arguments.encoder or arguments.from_scratch):
+        raise ValueError("name --encoder PATH_OR_HUB_ID, or train --from-scratch")
+    arguments.init_from = None if arguments.from_scratch else arguments.encoder
+    return numbers_of_encoder(arguments.encoder) if arguments.encoder else []
 
 
 def numbers_of_encoder(source: str) -> list[str]:
@@ -32,6 +46,8 @@ def numbers_of_encoder(source: str) -> list[str]:
     if path is None:
         return []
     numbers = read_json(path)
+    if model := fine_tuned(numbers):
+        raise ValueError(f"{source}: it is a {model.__name__}: give the encoder that it was fine-tuned from")
     row, known = architecture(numbers.get("model_type")), numbers.get("preprocessing") or {}
     if not {*OF_DATA[:2], "crop_size"} <= known.keys():
         raise ValueError(f"{path} does not say how volumes are prepared; add `preprocessing` to it")

@@ -5,12 +5,25 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .architectures import ARCHITECTURES, Architecture, architecture, dense_features, fine_tuned, segmentation_class
+from .architectures import (
+    ARCHITECTURES,
+    Architecture,
+    architecture,
+    classification_class,
+    dense_features,
+    fine_tuned,
+    segmentation_class,
+)
 from .configuration_primus import PRIMUS_SIZES, PrimusConfig
 from .configuration_resenc import ResEncConfig
+from .modeling_classification import (
+    ImageClassificationModel,
+    PrimusForImageClassification,
+    ResEncForImageClassification,
+)
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
-from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation
+from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation, SegmentationModel
 from .pretraining import Pretraining
 from .warm_start import ENCODER_WEIGHTS
 from .weight_files import read_json, read_weights
@@ -19,17 +32,23 @@ __all__ = [
     "ARCHITECTURES",
     "PRIMUS_SIZES",
     "Architecture",
+    "ImageClassificationModel",
     "Pretraining",
     "PrimusConfig",
+    "PrimusForImageClassification",
     "PrimusForSegmentation",
     "PrimusModel",
     "ResEncConfig",
+    "ResEncForImageClassification",
     "ResEncForSegmentation",
     "ResEncModel",
+    "SegmentationModel",
     "architecture",
     "build_encoder",
+    "classification_class",
     "dense_features",
     "load_encoder",
+    "load_fine_tuned",
     "load_segmentation",
     "segmentation_class",
 ]
@@ -59,21 +78,30 @@ def load_encoder(folder: Path) -> PreTrainedModel:
         ValueError: if the folder holds no encoder of ours, or a damaged one.
     """
     numbers, row = _read_config(folder)
-    if name := fine_tuned(numbers):
-        raise ValueError(f"{folder}: it is a {name}: give the encoder that it was fine-tuned from")
+    if model := fine_tuned(numbers):
+        raise ValueError(f"{folder}: it is a {model.__name__}: give the encoder that it was fine-tuned from")
     return _load(folder, numbers, row.model)
 
 
-def load_segmentation(folder: Path) -> PreTrainedModel:
+def load_fine_tuned(folder: Path) -> PreTrainedModel:
     """The fine-tuned model in a folder that `from_pretrained` reads, with this project's code and not the folder's.
 
     Raises:
-        ValueError: if the folder holds no segmentation model of ours, or a damaged one.
+        ValueError: if the folder holds no fine-tuned model of ours, or a damaged one.
     """
-    numbers, row = _read_config(folder)
-    if not fine_tuned(numbers):
-        raise ValueError(f"{folder}: it is an encoder, which segments nothing yet: fine-tune it with finetune.py")
-    return _load(folder, numbers, segmentation_class(row.config.model_type))
+    numbers, _ = _read_config(folder)
+    model = fine_tuned(numbers)
+    if model is None:
+        raise ValueError(f"{folder}: it is an encoder, which answers nothing yet: fine-tune it with finetune.py")
+    return _load(folder, numbers, model)
+
+
+def load_segmentation(folder: Path) -> SegmentationModel:
+    """The same, of a model that segments; ValueError if it does something else."""
+    model = load_fine_tuned(folder)
+    if not isinstance(model, SegmentationModel):
+        raise ValueError(f"{folder}: it is a {type(model).__name__}, which segments nothing")
+    return model
 
 
 def _read_config(folder: Path) -> tuple[dict, Architecture]:

@@ -15,6 +15,11 @@ from .features import primus_features, resenc_features
 from .masked_primus import MaskedPrimus
 from .masked_resenc import MaskedResEnc
 from .model_sections import ModelSection, Primus, ResEnc
+from .modeling_classification import (
+    ImageClassificationModel,
+    PrimusForImageClassification,
+    ResEncForImageClassification,
+)
 from .modeling_primus import PrimusModel
 from .modeling_resenc import ResEncModel
 from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation, SegmentationModel
@@ -35,6 +40,7 @@ class Architecture(NamedTuple):
     config: type[PretrainedConfig]
     model: type[PreTrainedModel]
     segmentation: type[SegmentationModel] | None  # the model with a decoder; None: it cannot be fine-tuned to segment
+    classification: type[ImageClassificationModel] | None  # with a head for whole volumes; None: the same
     section: type[ModelSection]  # of a recipe: its numbers, what they ask of a crop, stride of the dense features
     student: Callable[..., nn.Module]  # (encoder, section, mask ratio, reconstructs=, dense=, pooled=)
     dense: Callable[[PreTrainedModel, torch.Tensor, int | None], torch.Tensor]  # see `dense_features`
@@ -54,6 +60,7 @@ ARCHITECTURES = {
         config=PrimusConfig,
         model=PrimusModel,
         segmentation=PrimusForSegmentation,
+        classification=PrimusForImageClassification,
         section=Primus,
         student=lambda encoder, section, mask_ratio, **wanted: MaskedPrimus(
             encoder,
@@ -77,6 +84,7 @@ ARCHITECTURES = {
         config=ResEncConfig,
         model=ResEncModel,
         segmentation=ResEncForSegmentation,
+        classification=ResEncForImageClassification,
         section=ResEnc,
         student=lambda encoder, section, mask_ratio, **wanted: MaskedResEnc(encoder, **wanted),
         dense=resenc_features,
@@ -133,11 +141,26 @@ def segmentation_class(model_type: str) -> type[SegmentationModel]:
     return found
 
 
-def fine_tuned(numbers: dict) -> str | None:
+def classification_class(model_type: str) -> type[ImageClassificationModel]:
+    """What an architecture is fine-tuned as to classify or regress whole volumes.
+
+    Raises:
+        ValueError: if nothing is written for it.
+    """
+    found = architecture(model_type).classification
+    if found is None:
+        raise ValueError(
+            f"a {model_type} cannot be fine-tuned to classify or regress: its row of ARCHITECTURES has no such model"
+        )
+    return found
+
+
+def fine_tuned(numbers: dict) -> type[PreTrainedModel] | None:
     """The class of the fine-tuned model that a config.json is of; None if it is of anything else."""
     classes = numbers.get("architectures")
     name = classes[0] if isinstance(classes, list) and classes else None
-    return name if name in [row.segmentation.__name__ for row in ARCHITECTURES.values() if row.segmentation] else None
+    known = (model for row in ARCHITECTURES.values() for model in (row.segmentation, row.classification) if model)
+    return next((model for model in known if model.__name__ == name), None)
 
 
 def dense_features(encoder: PreTrainedModel, views: torch.Tensor, stride: int | None = None) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Fine-tuning to segment: what is computed of labelled crops."""
 
-import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -8,12 +7,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import segmentation_class
+from .fine_tuning import FineTuning, fill
 from .modeling_segmentation import SegmentationModel
-from .pretraining import Pretraining
-
-LAYER = re.compile(r"student\.features\.encoder\.(?:transformer\.blocks|stages)\.(\d+)\.")
-FIRST = re.compile(r"student\.features\.encoder\.(?!transformer\.norm\.)")  # what is no block
-LAST = 10**6  # deeper than any layer
 
 
 class SegmentationStudent(nn.Module):
@@ -35,15 +30,12 @@ class SegmentationStudent(nn.Module):
         return self.decode(self.decoder, maps), maps
 
 
-class Segmentation(Pretraining):
+class Segmentation(FineTuning):
     """A network that gives each voxel a class.
 
     Args:
         model: a row's `segmentation`; its parts are trained, no copy of them.
-        objective, terms, precision: see `Pretraining`.
-        frozen: train the decoder alone, on what the encoder makes of the crops in evaluation mode.
-        layer_decay: factor of the learning rate from each block or stage of the encoder to the one before it (Bao et
-            al. 2022, BEiT, arXiv:2106.08254); 1 for the same rate everywhere.
+        objective, terms, precision, frozen, layer_decay: see `FineTuning`.
     """
 
     def __init__(
@@ -55,53 +47,9 @@ class Segmentation(Pretraining):
         frozen: bool = False,
         layer_decay: float = 1.0,
     ):
-        super().__init__(SegmentationStudent(model), objective, terms, precision)
-        self.frozen, self.layer_decay = frozen, layer_decay
-        if frozen:
-            self.student.features.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Segmentation":
-        super().train(mode)
-        if self.frozen:
-            self.student.features.encoder.eval()
-        return self
-
-    def parameter_groups(self) -> list[dict]:
-        """One group a depth: what reads the voxels, each block or stage of the encoder, what comes after."""
-        if self.layer_decay == 1.0:
-            return super().parameter_groups()
-        groups: dict[int, list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                layer, comes_first = LAYER.match(name), FIRST.match(name)
-                depth = 1 + int(layer[1]) if layer else 0 if comes_first else LAST
-                groups.setdefault(depth, []).append(parameter)
-        depths = sorted(groups, reverse=True)
-        return [{"params": groups[d], "lr_scale": self.layer_decay**n} for n, d in enumerate(depths)]
-
-    def forward(self, *, gradient_norms: bool = False, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As in `Pretraining`; no gradient enters a frozen encoder, so there are no norms of it."""
-        return super().forward(gradient_norms=gradient_norms and not self.frozen, **batch)
-
-    def outputs(self, views: torch.Tensor, labels: torch.Tensor, **_: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Segment crops `[B, C, X, Y, Z]` with `labels` `[B, X, Y, Z]`.
-
-        Returns:
-            `logits` `[B, K, X, Y, Z]`, `labels`, `encoded`.
-        """
-        logits, encoded = self.student(views)
-        return {"logits": logits, "labels": labels, "encoded": encoded}
+        super().__init__(SegmentationStudent(model), objective, terms, precision, frozen, layer_decay)
 
 
 def model_to_save(config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The segmentation model in a composite's full state dict, whose tensors it shares; draws no random numbers.
-
-    Args:
-        config: of the composite's encoder.
-    """
-    with torch.device("meta"):
-        model = segmentation_class(config.model_type)(config)
-    parts = {"student.features.encoder.": "encoder.", "student.decoder.": "decoder."}
-    ours = {b + n.removeprefix(a): w for n, w in weights.items() for a, b in parts.items() if n.startswith(a)}
-    model.load_state_dict(ours, assign=True)
-    return model.eval()
+    """The segmentation model in a composite's full state dict, see `fill`."""
+    return fill(segmentation_class(config.model_type), config, weights, "decoder")

@@ -188,7 +188,8 @@ def _about(path: Path, content: dict) -> dict:
             known = read_json(file)
             orientation = _dict(known.get("preprocessing")).get("orientation")
             about["orientation"] = orientation if isinstance(orientation, str) else None
-            about["fine_tuned"] = fine_tuned(known)
+            model = fine_tuned(known)
+            about["fine_tuned"] = model and model.__name__
             if not content:
                 sizes.append(known.get("image_size"))
                 if isinstance(known.get("model_type"), str):

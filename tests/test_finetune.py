@@ -289,7 +289,7 @@ def test_a_run_leaves_a_model_and_scores_of_the_cases_left_out(plain, encoders, 
     with pytest.raises(SystemExit):
         predict.main(predict.parse_arguments(given))
     assert (tmp_path / "masks" / "case_3.nii.gz").stat().st_mtime_ns == before, "what is there is not done again"
-    with pytest.raises(ValueError, match="it is an encoder, which segments nothing yet"):
+    with pytest.raises(ValueError, match="it is an encoder, which answers nothing yet"):
         predict.main(predict.parse_arguments([str(encoders["resenc"]), *given[1:]]))
     with pytest.raises(ValueError, match="give the encoder that it was fine-tuned from"):
         finetune.main(arguments("--encoder", plain / "model", "--data", labelled))

@@ -36,6 +36,7 @@ def check(tmp_path, capsys):
             tmp_path / "data",
             streams=False,
             labels=None,
+            targets=None,
             data_description=None,
             init_from=None,
             token_order=None,

@@ -144,7 +144,7 @@ def test_a_model_given_as_an_encoder_and_the_reverse_are_one_line(name, tmp_path
     for load in (load_encoder, lambda folder: load_pretrained(new_composite(name).student, str(folder))):
         with pytest.raises(ValueError, match="ForSegmentation: give the encoder that it was fine-tuned from"):
             load(tmp_path / "model")
-    with pytest.raises(ValueError, match="it is an encoder, which segments nothing yet"):
+    with pytest.raises(ValueError, match="it is an encoder, which answers nothing yet"):
         load_segmentation(tmp_path / "encoder")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="of another kind of model"):

@@ -14,10 +14,12 @@ def table(tmp_path, *lines, name="t.csv"):
 
 def test_subjects_are_found_with_or_without_their_data_set(tmp_path):
     by_comma = table(tmp_path, "subject, age", "1,30", "a/2,31", "b/2,32", "3,33", ",", "sub/x.nii,9.5", "other,1")
-    targets = read_targets(by_comma, "age", SUBJECTS)
+    with pytest.warns(UserWarning, match=r"1 of the 6 that .* lists have no volume, such as other"):
+        targets = read_targets(by_comma, "age", SUBJECTS)
     assert as_numbers(targets) == {"a/1": 30, "a/2": 31, "b/2": 32, "b/3": 33, "sub/x.nii": 9.5}
     by_tab = table(tmp_path, "path\tage", "1\t30", "2\t31", name="t.tsv")
-    with pytest.warns(UserWarning, match=r"4 of 5 subjects are not in .* and are left out, such as a/2"):
+    left_out = pytest.warns(UserWarning, match=r"4 of 5 subjects are not in .* and are left out, such as a/2")
+    with left_out, pytest.warns(UserWarning, match=r"1 of the 2 that .* lists have no volume, such as 2"):
         assert read_targets(by_tab, "age", SUBJECTS) == {"a/1": "30"}  # whose 2 it is, is not known
 
 
@@ -32,6 +34,7 @@ def test_classes_are_in_order_of_their_numbers_then_of_their_names():
         (["subject,age", "1,nan"], "line 2 has no age"),
         (["subject,age", "1,30", "3,"], "line 3 has no age"),
         (["subject,age", "1"], "line 2 has no age"),
+        (["subject,age", ","], "no line below its columns"),
         (["subject,age", ",3"], "line 2 has no subject"),
         (["subject,age", "1,30", "1,31"], "line 3: 1 has two values of age, 30 and 31"),
         (["subject,sex", "1,f"], "no column age among its columns subject, sex"),

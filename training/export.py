@@ -31,6 +31,7 @@ LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"  # of the code that go
 FACTS = "pretraining.json"  # what is known of the run that made the weights
 OF_FINE_TUNING = "finetuning.json"  # the same, of one that fine-tuned them
 FOR_SEGMENTATION = "AutoModelForSemanticSegmentation"
+FOR_WHOLE_VOLUMES = "AutoModelForImageClassification"
 
 
 def processor(config: PretrainedConfig) -> VolumeImageProcessor:

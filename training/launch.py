@@ -23,7 +23,7 @@ DEMO_VOLUME = "the MNI152 T1 template that nilearn ships"
 
 def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line of a pretraining script; `manual` is its docstring."""
-    parser = common_parser(manual)
+    parser = _common_parser(manual)
     add = parser.add_argument
     add("--stream", action="store_true", help="read a data set of the Hub while training, without a copy on this disk")
     add(
@@ -39,11 +39,19 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
         help="with run.evaluate_every: volumes with labels, by which probes judge the encoder (images/ and labels/, "
         "imagesTr/ and labelsTr/, or prepared)",
     )
-    parser.set_defaults(labels=None)  # of others
     return parser.parse_intermixed_args(arguments)
 
 
-def common_parser(manual: str) -> argparse.ArgumentParser:
+def fine_tuning_parser(manual: str) -> argparse.ArgumentParser:
+    """The arguments that all scripts have which fine-tune."""
+    parser = _common_parser(manual)
+    add = parser.add_argument
+    add("--encoder", metavar="PATH_OR_HUB_ID", help="what to fine-tune")
+    add("--from-scratch", action="store_true", help="as with --encoder, but from random weights")
+    return parser
+
+
+def _common_parser(manual: str) -> argparse.ArgumentParser:
     """The arguments that all scripts have which train."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -66,7 +74,7 @@ def common_parser(manual: str) -> argparse.ArgumentParser:
     add("--ranks", type=int, help="of --dry-run: for so many (default: those that were launched)")
     add("--tflops", type=float, help="of --dry-run: what a rank reaches (default: measured here)")
     add("overrides", nargs="*", metavar="key.subkey=value", help="numbers of the recipe to change")
-    parser.set_defaults(evaluate_on=None)
+    parser.set_defaults(stream=False, labels=None, targets=None, evaluate_on=None)  # of some
     return parser
 
 
@@ -80,6 +88,7 @@ class Launch:
     data: Path | None  # None: the demo's volume
     streams: bool  # data is read while training
     labels: Path | None  # folder of label maps
+    targets: Path | None  # table of what is known of whole volumes
     data_description: str | None
     init_from: str | None
     token_order: str | None
@@ -130,6 +139,7 @@ def read_launch(arguments: argparse.Namespace, recipe: Recipe) -> Launch:
         arguments.data,
         arguments.stream,
         arguments.labels,
+        arguments.targets,
         arguments.data_description or (None if arguments.data else DEMO_VOLUME),
         arguments.init_from,
         arguments.init_token_order,

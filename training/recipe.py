@@ -3,6 +3,7 @@
 import difflib
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
@@ -17,12 +18,13 @@ from models.section import Section
 
 from .recipe_sections import SGD, AdamW, Data, Intensity, Mask, Running, Train, Views
 
-DOWNSTREAM = ("segmentation",)  # methods that have labels
+DOWNSTREAM = {"segmentation": "finetune.py", "whole_volumes": "finetune_volumes.py"}  # scripts of methods with labels
 OF_STREAM = ("crop_size", "coarsest_last", "interpolation", "shared", "independent")
 KINDS = ("architecture", "name", "rule")  # keys that say which kind of a section it is
 TAGS = {  # what they may say, and which form a value has
     *ARCHITECTURES,
-    *("adamw", "sgd", "box", "foreground", "window", "percentile", "numbers", "word"),
+    *("adamw", "sgd", "cross_entropy", "mse", "smooth_l1"),
+    *("box", "foreground", "window", "percentile", "numbers", "word"),
 }
 
 Model = Union[tuple(row.section for row in ARCHITECTURES.values())]  # noqa: UP007
@@ -57,8 +59,12 @@ class Recipe(Section):
         """Whether samples have label maps."""
         return False
 
-    def split(self, manifest: Manifest) -> Split:
-        """Which of the volumes are trained on."""
+    def split(self, manifest: Manifest, targets: Mapping[str, str] | None = None) -> Split:
+        """Which of the volumes are trained on.
+
+        Args:
+            targets: what a table says of subjects, of methods that have one.
+        """
         return split_by_subject(manifest, self.data.validation_share, self.data.leave_out)
 
     @property
@@ -161,7 +167,7 @@ def load_recipe(path: Path, overrides: list[str], kind: type[Kind]) -> Kind:
 
 
 def script_of(method: str) -> str:
-    return "finetune.py" if method in DOWNSTREAM else f"train_{method}.py"
+    return DOWNSTREAM.get(method, f"train_{method}.py")
 
 
 def load_data_section(path: Path, overrides: list[str]) -> Data:

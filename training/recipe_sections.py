@@ -103,6 +103,13 @@ class Data(Section):
         return self.model_dump(include={"intensity", "intensity_of_ct"})
 
 
+class LabelledData(Data):
+    """Of fine-tuning."""
+
+    budget: PositiveInt | None  # labelled subjects to train on; null: all
+    budget_seed: Annotated[int, Field(ge=0)]
+
+
 class Chance(Section):
     """A change that is made with this probability, by a factor or size drawn from this range."""
 
@@ -189,6 +196,20 @@ class Loss(Section):
 class Teacher(Section):
     momentum: Share
     final_momentum: Share  # reached at the end, along a half cosine
+
+
+class Encoder(Section):
+    """How what is fine-tuned learns."""
+
+    frozen: bool
+    layer_decay: Share  # of the learning rate, a block or stage away from what is new: 1 is the same for all
+
+
+class Inference(Section):
+    """How a fine-tuned network looks at whole volumes."""
+
+    overlap: BelowOne  # share of a window that it has in common with the next one along an axis
+    mirror: bool  # look at all 8 mirrored copies
 
 
 class AdamW(Section):

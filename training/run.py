@@ -352,7 +352,8 @@ class Run:
         path, saved = self.newest
         if saved["data"] != self.facts.data:
             raise ValueError(
-                f"the files of --data{' or their frames' if self.recipe.uses_frames else ''} are not those that {path} "
+                f"the files of --data{' or their frames' if self.recipe.uses_frames else ''}"
+                f"{' or the targets' if self.data.targets else ''} are not those that {path} "
                 "was trained on: restore them, or start a new run"
             )
         if self.streamed:

@@ -10,6 +10,7 @@ from data.manifest import FOR_RUNS, LABELS
 from data.rows import subject_of
 from data.split import is_left_out
 from data.store import PreparedVolumes
+from data.targets import fingerprint, read_targets
 
 from .launch import Launch
 from .preparation import open_manifest, prepare_data
@@ -25,6 +26,7 @@ class RunData(NamedTuple):
     left_out: PreparedVolumes | None
     streamed: StreamedData | None
     spacing: tuple[float, ...] | list[float] | str  # mm of a voxel, or "native"
+    targets: dict[str, str] | None  # what the table of the launch says of subjects
     facts: dict  # for RunFacts
 
 
@@ -40,7 +42,11 @@ def open_data(
         return _open_stream(launch, recipe, group, say)
     prepare = partial(prepare_data, launch.data, launch.prepared, recipe, launch.resume, launch.labels)
     manifest = open_manifest(from_main_rank(group, prepare), (*FOR_RUNS, *LABELS) if recipe.uses_labels else FOR_RUNS)
-    split = recipe.split(manifest)
+    targets = None
+    if launch.targets:
+        read = partial(read_targets, launch.targets, recipe.data.target, manifest.subjects[0])
+        targets = from_main_rank(group, read)
+    split = recipe.split(manifest, targets)
     volumes = PreparedVolumes(manifest, split.training, recipe.data.draw)
     kept = [PreparedVolumes(manifest, rows) if len(rows) else None for rows in (split.validation, split.left_out)]
     say_what_is_trained_on(split, volumes, say)
@@ -48,8 +54,10 @@ def open_data(
     if recipe.uses_frames:
         say(f"frames      {volumes.frames.words()}")
         data = f"{data} {volumes.frames.fingerprint()}"
+    if targets:
+        data = f"{data} {fingerprint(targets)}"
     facts = {"data": data, "volumes": len(volumes), "validation_subjects": split.subjects[1]}
-    return RunData(volumes, *kept, None, volumes.spacing, facts)
+    return RunData(volumes, *kept, None, volumes.spacing, targets, facts)
 
 
 def _open_stream(
@@ -69,4 +77,4 @@ def _open_stream(
     say(f"stream      {streamed.words()}")
     say("            none are kept for validation: held out are other crops of the first volumes")
     facts = {"data": streamed.fingerprint(), "volumes": None, "validation_subjects": 0}
-    return RunData([None], None, None, streamed, recipe.data.spacing, facts)
+    return RunData([None], None, None, streamed, recipe.data.spacing, None, facts)

@@ -46,7 +46,7 @@ def say_what_came_of_it(run: "Run") -> None:
     seconds = time.perf_counter() - run.started
     run.print(f"time        {seconds:.0f} s after the imports, {waited:.0f} % of each step waiting for data")
     if run.folder.model.is_dir():
-        run.print(f"model       python predict.py {run.folder.model} FOLDER_OR_FILES --output masks")
+        run.print(f"model       python predict.py {run.folder.model} FOLDER_OR_FILES --output FOLDER")
     else:
         run.print(f"encoder     {run.folder.encoder}: AutoModel.from_pretrained(folder, trust_remote_code=True)")
     run.print(f"pictures    {run.folder.report}")

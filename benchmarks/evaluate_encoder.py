@@ -2,11 +2,14 @@
 
     python benchmarks/evaluate_encoder.py runs/demo/encoder --data FOLDER
     python benchmarks/evaluate_encoder.py ORG/NAME --data FOLDER --labels FOLDER --budgets 1 2 5 10 20 40
+    python benchmarks/evaluate_encoder.py ORG/NAME --data FOLDER --targets TABLE.csv --target age
 
 Without labels: how often a place is found again in another view by its features alone (`retrieval`; by chance 1/64),
 and how many directions they use (`rank`, RankMe). With labels, one map for each volume under its name: mean Dice on
 volumes that are not labelled, of a linear probe and k nearest neighbours by the number of labelled volumes, and of
-labels carried from one volume by its nearest features. `--picture` draws the main components of the features of a few.
+labels carried from one volume by its nearest features. With a table of what is known of subjects, as it is for
+finetune_volumes.py: a linear probe and k nearest neighbours on means of features, each subject by others alone, with
+bootstrap intervals. `--picture` draws the main components of the features of a few.
 """
 
 import argparse
@@ -23,11 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.nifti import read_image
 from data.normalisation import BOX
+from data.rows import subject_of
 from data.sources import find_sources
 from data.stored_volume import HeldVolume
+from data.targets import as_classes, as_numbers, read_targets
 from data.volume import BadVolume, axis_order, prepare, prepare_labels
 from evaluation.dense_probe import dense_cells
-from evaluation.judge import evaluate_encoder, table
+from evaluation.judge import evaluate_encoder, pool_cells, table
+from evaluation.pooled_probe import pooled_scores
+from evaluation.scores import Estimate
 from models import architecture, load_encoder
 from models.warm_start import find
 from training.command_line import run as run_script
@@ -42,6 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("encoder", metavar="ENCODER", help="a run, its encoder, a bundle, or the Hub id of one")
     add("--data", type=Path, required=True, metavar="FOLDER", help="of NIfTI volumes, or an index of them")
     add("--labels", type=Path, metavar="FOLDER", help="of their label maps")
+    add("--targets", type=Path, metavar="TABLE", help="of what is known of subjects, .csv or .tsv")
+    add("--target", metavar="COLUMN", help="of the table, numbers unless --classify")
+    add("--classify", action="store_true", help="the column holds classes")
     add("--volumes", type=int, metavar="N", help="only the first N")
     add("--stride", type=int, help="voxels a cell (default: the encoder's own)")
     add("--samples", type=int, default=64, help="pairs of views (%(default)s)")
@@ -75,8 +85,8 @@ def open_encoder(source: str) -> PreTrainedModel:
 
 def read_volumes(
     data: Path, labels: Path | None, preprocessing: dict, most: int | None
-) -> tuple[list[HeldVolume], list[torch.Tensor] | None]:
-    """Volumes as the encoder wants them, and their labels; what cannot be used is named on stderr.
+) -> tuple[list[HeldVolume], list[torch.Tensor] | None, list[str]]:
+    """Volumes as the encoder wants them, their labels, and whose they are; what cannot be used is named on stderr.
 
     Raises:
         ValueError: if there are none.
@@ -84,7 +94,7 @@ def read_volumes(
     listing, how = find_sources(data, labels=labels), {"spacing": (1.0, 1.0, 1.0)} | preprocessing
     orientation = how.get("orientation", "RAS")
     rules = how.get("intensity", BOX), how.get("intensity_of_ct")
-    volumes, maps = [], []
+    volumes, maps, subjects = [], [], []
     for source in listing.sources[:most]:
         try:
             if labels and not source.label:
@@ -100,6 +110,7 @@ def read_volumes(
                 maps.append(torch.from_numpy(np.ascontiguousarray(label).astype(np.int64)))
             voxels, spacing = np.ascontiguousarray(done.voxels.transpose(order)), [done.spacing[axis] for axis in order]
             volumes.append(HeldVolume(voxels, done.padding, spacing, done.foreground_threshold))
+            subjects.append(subject_of(source))
         except BadVolume as error:
             print(f"left out    {source.path}: {error}", file=sys.stderr)
     if not volumes:
@@ -109,7 +120,19 @@ def read_volumes(
         maps = [torch.searchsorted(names, one) for one in maps]
         if len(names) < 2:
             raise ValueError(f"{labels}: all label maps are {names.tolist()} everywhere: give those of these volumes")
-    return volumes, maps if labels else None
+    return volumes, maps if labels else None, subjects
+
+
+def score_pooled(
+    encoder: PreTrainedModel, volumes: list[HeldVolume], subjects: list[str], stride: int, arguments: argparse.Namespace
+) -> dict[str, dict[str, Estimate]]:
+    """What means of features tell of the subjects that `--targets` lists: row -> measure -> score."""
+    listed = read_targets(arguments.targets, arguments.target, sorted(set(subjects)))
+    kept = [number for number, subject in enumerate(subjects) if subject in listed]
+    pooled = pool_cells(encoder, [volumes[n] for n in kept], [subjects[n] for n in kept], stride, arguments.seed)
+    names, true = as_classes(listed) if arguments.classify else ((), as_numbers(listed))
+    values = np.array([true[subject] for subject in sorted(listed)])
+    return {row: pooled_scores(features, values, len(names)) for row, features in pooled.items()}
 
 
 def draw(encoder: PreTrainedModel, volumes: list[HeldVolume], stride: int, path: Path) -> None:
@@ -128,16 +151,22 @@ def draw(encoder: PreTrainedModel, volumes: list[HeldVolume], stride: int, path:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if bool(arguments.targets) != bool(arguments.target):
+        raise ValueError("--targets TABLE and --target COLUMN go together: name both")
     encoder = open_encoder(arguments.encoder).to(arguments.device)
-    volumes, labels = read_volumes(
+    volumes, labels, subjects = read_volumes(
         arguments.data, arguments.labels, encoder.config.preprocessing or {}, arguments.volumes
     )
     stride = arguments.stride or architecture(encoder.config.model_type).feature_map(encoder.config).stride
     how = {key: getattr(arguments, key) for key in ("samples", "budgets", "draws", "test", "seed")}
+    pooled = score_pooled(encoder, volumes, subjects, stride, arguments) if arguments.targets else {}
     found = evaluate_encoder(encoder, volumes, labels, stride, **how)
     print(f"{arguments.encoder}: {len(volumes)} volumes, cells of {stride} voxels\n\n{table(found)}")
+    if pooled:
+        print(f"\n{arguments.target}, of whole volumes\n\n{table(pooled)}")
     if arguments.output:
         facts = {"encoder": arguments.encoder, "volumes": len(volumes), "stride": stride, **how, "rows": found}
+        facts |= {"pooled": pooled} if pooled else {}  # value, and the ends of its interval
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(facts, indent=2) + "\n")
     if arguments.picture:

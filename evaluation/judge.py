@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from data.stored_volume import HeldVolume
@@ -14,7 +15,7 @@ from models import architecture
 
 from .dense_probe import Case, dense_cells, knn_probe, linear_probe, place_cells, probe_by_budget, raw_cells
 from .retrieval import transport, view_retrieval
-from .scores import dice
+from .scores import Estimate, dice
 from .spread import rank_me
 
 Cells = Callable[[torch.Tensor, float | np.ndarray], torch.Tensor]  # a volume, and what is around it -> [D, x, y, z]
@@ -136,7 +137,19 @@ def evaluate_encoder(
     return found
 
 
-def table(found: Mapping[str, Mapping[str, float]]) -> str:
+def pool_cells(
+    encoder: PreTrainedModel, volumes: Sequence[HeldVolume], subjects: Sequence[str], stride: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Row -> means `[N, D]` of cells over the volumes of each subject, in the order of their names; see `rows_of`."""
+    names = sorted(set(subjects))
+    of = torch.tensor([names.index(subject) for subject in subjects])
+    member = F.one_hot(of).T.float()
+    member /= member.sum(1, keepdim=True)
+    rows = {name: cells for name, cells in rows_of(encoder, stride, seed).items() if name != "place"}  # it is the same
+    return {n: member @ torch.stack([_of(c, v).flatten(1).mean(1).cpu() for v in volumes]) for n, c in rows.items()}
+
+
+def table(found: Mapping[str, Mapping[str, float | Estimate]]) -> str:
     """As a table in Markdown."""
     columns = list(dict.fromkeys(measure for row in found.values() for measure in row))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]

@@ -1,10 +1,11 @@
-"""What frozen features know of whole volumes: one prediction a volume, by a regression that has not seen it."""
+"""What frozen features know of whole volumes: one prediction a volume, by others alone."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dense_probe import fit_logistic
+from .dense_probe import NEIGHBOURS, TEMPERATURE, fit_logistic
+from .scores import Estimate, classification_scores, regression_scores
 
 PENALTIES = np.logspace(-2, 4, 7)  # of a ridge regression
 FOLDS = 5
@@ -45,3 +46,41 @@ def pooled_regression(features: torch.Tensor, values: np.ndarray, seed: int = 0)
     model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
     folds = KFold(min(FOLDS, len(values)), shuffle=True, random_state=seed)
     return cross_val_predict(model, features.cpu().numpy(), values, cv=folds)
+
+
+def pooled_neighbours(features: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """Predicted targets `[N, K]` of volumes: means of those of the nearest others.
+
+    Nearest by the cosine of features less their mean, weighted by `exp(cosine / temperature)`, as in `knn_probe`.
+
+    Args:
+        features: pooled, `[N, D]`.
+        targets: `[N, K]`, such as classes as 0 and 1.
+    """
+    rows = F.normalize(features - features.mean(0), dim=1)
+    near, which = (rows @ rows.T).fill_diagonal_(-2).topk(min(NEIGHBOURS, len(rows) - 1), dim=1)
+    votes = (near / TEMPERATURE).softmax(1)
+    return torch.einsum("nm,nmk->nk", votes, targets.to(rows)[which]).cpu().numpy()
+
+
+def pooled_scores(features: torch.Tensor, true: np.ndarray, classes: int = 0) -> dict[str, Estimate]:
+    """Scores of a linear probe and of nearest neighbours, as `linear balanced_accuracy`, `knn mae`.
+
+    Args:
+        features: pooled, `[N, D]`.
+        true: `[N]`, numbers of classes, or numbers to predict.
+        classes: how many; 0 of a regression.
+
+    Raises:
+        ValueError: if a class has less than two volumes.
+    """
+    if classes:
+        labels = torch.from_numpy(true)
+        answers = pooled_probe(features, labels), pooled_neighbours(features, F.one_hot(labels, classes))
+        score = classification_scores
+    else:
+        targets = torch.from_numpy(true).float()[:, None]
+        answers = pooled_regression(features, true), pooled_neighbours(features, targets)[:, 0]
+        score = regression_scores
+    both = zip(("linear", "knn"), answers)
+    return {f"{name} {key}": value for name, answer in both for key, value in score(answer, true).items()}

@@ -3,6 +3,7 @@
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from scipy.spatial.distance import cdist
 from benchmarks import evaluate_encoder
 from evaluation import dense_probe, scores
 from evaluation.dense_probe import Case, class_shares, dense_cells, knn_probe, linear_probe, place_cells, raw_cells
-from evaluation.pooled_probe import pooled_probe, pooled_regression
+from evaluation.pooled_probe import pooled_neighbours, pooled_probe, pooled_regression, pooled_scores
 from evaluation.retrieval import read_cells, retrieval, transport
 from evaluation.scores import dice, segmentation_scores
 from evaluation.spread import rank_me
@@ -270,7 +271,8 @@ def test_labels_are_carried_to_a_shifted_copy():
     assert float(dice(transport(source, target, reach=1.0), target.labels, 2)) < 0.8
 
 
-def test_whole_volumes_are_predicted_by_what_has_not_seen_them():
+def test_whole_volumes_are_predicted_by_what_has_not_seen_them(monkeypatch):
+    monkeypatch.setattr(scores, "DRAWS_OF_METRICS", 20)
     generator = torch.Generator().manual_seed(0)
     features, classes = torch.randn(60, 10, generator=generator), torch.arange(60) % 3
     assert (pooled_probe(features, classes).argmax(1) == classes.numpy()).mean() < 0.6
@@ -279,6 +281,12 @@ def test_whole_volumes_are_predicted_by_what_has_not_seen_them():
     assert probabilities.sum(1) == pytest.approx(1, abs=1e-5)
     assert (probabilities.argmax(1) == classes.numpy()).mean() > 0.9
     assert scores.regression_scores(pooled_regression(features, classes.numpy()), classes.numpy())["r2"].value > 0.7
+    nearest = pooled_neighbours(features[:, :1], torch.nn.functional.one_hot(classes))
+    assert nearest.sum(1) == pytest.approx(1, abs=1e-5)
+    assert (nearest.argmax(1) == classes.numpy())[classes != 1].mean() > 0.9  # a cosine tells two ends of one number
+    found = pooled_scores(features, classes.double().numpy())
+    assert list(found) == ["linear mae", "linear r2", "knn mae", "knn r2"]
+    assert found["linear r2"].value > 0.7
     with pytest.raises(ValueError, match="class 0 has 1 volumes"):
         pooled_probe(features[:2], torch.tensor([0, 1]))
 
@@ -310,6 +318,30 @@ def test_one_command_judges_an_encoder(judged, capsys, tmp_path):
     assert (tmp_path / "found.png").stat().st_size > 1000
     assert rows["intensity"]["linear@2"] > 0.7 > rows["place"]["linear@1"]
     assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+
+
+def test_one_command_probes_what_is_known_of_subjects(judged, capsys, tmp_path, monkeypatch):
+    """How bright they are, which means of intensity tell."""
+    monkeypatch.setattr(scores, "DRAWS_OF_METRICS", 20)
+    rows = [f"case_{seed}.nii.gz,{seed % 2},{'ab'[seed % 2]}" for seed in range(6)]
+    for seed in range(6):
+        image = nib.load(judged / "images" / f"case_{seed}.nii.gz").get_fdata()
+        brighter = image + 300 * (seed % 2) * (image > 80)
+        save_nifti(tmp_path / "in" / f"case_{seed}.nii.gz", brighter.astype(np.float32))
+    (tmp_path / "table.csv").write_text("\n".join(["path,size,kind", *rows]) + "\n")
+    asked = "--data", tmp_path / "in", "--targets", tmp_path / "table.csv", "--stride", 4, "--samples", 1
+    judge(judged / "encoder", *asked, "--target", "size", "--output", tmp_path / "found.json")
+    pooled = json.loads((tmp_path / "found.json").read_text())["pooled"]
+    assert list(pooled) == ["encoder", "untrained", "intensity"]
+    value, low, high = pooled["intensity"]["knn r2"]
+    assert low <= value <= high
+    assert value > 0.5
+    judge(judged / "encoder", *asked, "--target", "kind", "--classify")
+    assert "linear balanced_accuracy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no column colour among its columns path, size, kind"):
+        judge(judged / "encoder", *asked, "--target", "colour")
+    with pytest.raises(ValueError, match="name both"):
+        judge(judged / "encoder", *asked)
 
 
 def test_what_cannot_be_judged_is_one_line_with_the_remedy(judged, tmp_path):

@@ -160,7 +160,7 @@ def main(arguments: argparse.Namespace) -> None:
     stride = arguments.stride or architecture(encoder.config.model_type).feature_map(encoder.config).stride
     how = {key: getattr(arguments, key) for key in ("samples", "budgets", "draws", "test", "seed")}
     pooled = score_pooled(encoder, volumes, subjects, stride, arguments) if arguments.targets else {}
-    found = evaluate_encoder(encoder, volumes, labels, stride, **how)
+    found = evaluate_encoder(encoder, volumes, labels, stride, subjects=subjects, **how)
     print(f"{arguments.encoder}: {len(volumes)} volumes, cells of {stride} voxels\n\n{table(found)}")
     if pooled:
         print(f"\n{arguments.target}, of whole volumes\n\n{table(pooled)}")

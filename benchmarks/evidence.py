@@ -56,7 +56,7 @@ from benchmarks.evidence_probe import (
     tuning_score,
     with_place,
 )
-from benchmarks.evidence_report import Row, write_report
+from benchmarks.evidence_report import Row, by_subject, write_report
 from benchmarks.script_runs import open_recipe
 from data.manifest import read_manifest
 from training.preparation import prepare_data
@@ -100,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--nsd-budgets", nargs="*", type=int, default=[5, 20], help="of those, with surfaces scored (%(default)s)")
     add("--place-budgets", nargs="*", type=int, default=[5, 20], help="of those, with the place told (%(default)s)")
     add("--finetune-arms", nargs="*", choices=ARMS, default=list(CORE), metavar="ARM", help="(the core)")
-    add("--finetune-budgets", nargs="+", type=int, default=[2, 10], help="labelled volumes (%(default)s)")
+    add("--finetune-budgets", nargs="+", type=int, default=[2, 10], help="labelled subjects (%(default)s)")
     add("--finetune-rates", nargs="+", type=float, default=[1e-3, 3e-3, 9e-3], help="learning rates (%(default)s)")
     add("--finetune-draws", type=int, default=2, help="of labelled volumes (%(default)s)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now (all)")
@@ -118,10 +118,8 @@ class Experiment:
         )
         if asked.pretrain_on:
             self.unlabelled = prepare_data(asked.pretrain_on, self.output / "unlabelled", recipe, resumes=True)
-        manifest = read_manifest(self.labelled)
-        names, of = manifest.subjects
-        names = [names[number].rpartition("/")[2] for number in of]
-        subjects = dict(zip(manifest.volumes["source"].to_pylist(), names))
+        subjects = subjects_of(self.labelled)
+        self.pretrained_on = {*subjects_of(self.unlabelled).values()}
         self.volumes = read_labelled(asked.data, recipe.data.orientation, recipe.data.spacing, subjects)
         self.classes = 1 + max(int(volume.labels.max()) for volume in self.volumes)
         whose = [volume.subject for volume in self.volumes]
@@ -145,24 +143,24 @@ class Experiment:
     def numbers(self, one: One, rate: float | None, share: float) -> list[str]:
         """Overrides of an encoder's recipe; without a learning rate, of one that is not trained."""
         arm, overrides = ARMS[one.arm], self.asked.overrides
-        left_out = dict.fromkeys(self.volumes[number].subject for number in self.splits[one.split].test)
-        numbers = [*overrides, f"seed={one.seed}", f"data.leave_out={json.dumps(list(left_out))}"]
+        left_out = {self.volumes[number].subject for number in self.splits[one.split].test} & self.pretrained_on
+        numbers = [*overrides, f"seed={one.seed}", f"data.leave_out={json.dumps(sorted(left_out))}"]
         if rate is None:
             return numbers
         a_step = flops_of_a_step(arm.recipe(one.network), [*arm.overrides, *overrides])
         return [*numbers, *length(share * compute(one.network, overrides), a_step), f"optimizer.learning_rate={rate}"]
 
     def rate(self, one: One) -> float | None:
-        """The learning rate of an arm: that of the best probe on training subjects, of the first split and seed."""
+        """The learning rate of an arm: that of the best probe on training subjects of its split, of the first seed."""
         if is_untrained(one.arm):
             return None
         scores = {}
         for rate in self.asked.rates:
-            first = one._replace(split=0, seed=0)
-            folder = first.folder(self.output).with_name(f"rate{rate:g}")
+            first = one._replace(seed=0)
+            folder = first.folder(self.output).with_name(f"split{one.split}_rate{rate:g}")
             numbers = self.numbers(first, rate, self.asked.tuning_share)
             pretrain(one.arm, one.network, numbers, self.unlabelled, folder)
-            judge = partial(tuning_score, folder / "encoder", self.volumes, self.splits[0].pool, self.classes)
+            judge = partial(tuning_score, folder / "encoder", self.volumes, self.splits[one.split].pool, self.classes)
             scores[rate] = kept(folder / "tuning.json", lambda judge=judge: {"dice": judge()})["dice"]
         return max(scores, key=scores.get)
 
@@ -199,14 +197,14 @@ class Experiment:
         return {(budget, number): folder / f"finetune_{budget}_{number}.json" for budget, number in grid}
 
     def finetune_rate_files(self, one: One) -> dict[float, Path]:
-        """By learning rate, of an arm's first encoder."""
-        folder = one._replace(split=0, seed=0).folder(self.output)
+        """By learning rate, of an arm's first encoder of a split."""
+        folder = one._replace(seed=0).folder(self.output)
         is_asked = one.arm in self.asked.finetune_arms
         return {rate: folder / f"finetune_rate{rate:g}.json" for rate in self.asked.finetune_rates * is_asked}
 
     def finetune_rate(self, one: One) -> float:
-        """The learning rate of an arm: the best on training subjects, of the first split, seed and draw."""
-        parts, scores = self.splits[0], {}
+        """The learning rate of an arm: the best on training subjects of its split, of the first seed and draw."""
+        parts, scores = self.splits[one.split], {}
         held_out = parts.pool[TUNING[0] : sum(TUNING)]
         scored, others = ([self.volumes[number] for number in numbers] for numbers in (held_out, parts.test))
         for rate, path in self.finetune_rate_files(one).items():
@@ -238,7 +236,7 @@ class Experiment:
                 and not (one.folder(self.output) / FACTS).exists()
             ]
             if missing and "pretrain" in asked.parts:
-                arms = {one.arm for one in missing if one.seed == one.split == 0}
+                arms = {(one.arm, one.split) for one in missing if one.seed == 0}
                 whole = len(missing) + len(arms) * len(asked.rates) * asked.tuning_share
                 seconds += whole * compute(network, asked.overrides) / speed(network, asked.overrides)
         if "probe" in asked.parts:
@@ -257,8 +255,9 @@ class Experiment:
 
         def note(one: One, how: str, budget: int, scores: dict[str, list]) -> None:
             row = found.setdefault((one.network, one.arm, how), {})
+            whose = [self.volumes[number].subject for number in self.splits[one.split].test]
             for score, values in scores.items():
-                row.setdefault(score, {}).setdefault(budget, []).append(values)
+                row.setdefault(score, {}).setdefault(budget, []).append(by_subject(values, whose))
 
         for one in (*self.encoders(), *self.without_encoder()):
             for how, budget in product(("probe", "placed"), self.asked.budgets):
@@ -285,8 +284,15 @@ class Experiment:
         return (
             f"{people} subjects; {pool} volumes to draw labels from, {test} test cases of subjects not pretrained on, "
             f"{asked.splits} split(s), {asked.draws} draws of labels, seeds as listed. Intervals are over seeds, draws "
-            "and cases. Where the data do not say who is who, a person may be in two volumes."
+            "and subjects. Where the data do not say who is who, a person may be in two volumes."
         )
+
+
+def subjects_of(folder: Path) -> dict[str, str]:
+    """Of a prepared folder: path of a volume -> whose it is."""
+    manifest = read_manifest(folder)
+    names, of = manifest.subjects
+    return dict(zip(manifest.volumes["source"].to_pylist(), (names[number].rpartition("/")[2] for number in of)))
 
 
 def say(line: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from data.files import write_whole
 from data.nifti import read_image
 from data.volume import prepare, prepare_labels
-from evaluation.dense_probe import Case, dense_cells, linear_probe, place_cells, raw_cells
+from evaluation.dense_probe import Case, dense_cells, linear_probe, place_cells, raw_cells, split_by_subject
 from evaluation.scores import dice, segmentation_scores
 from models import load_encoder
 
@@ -71,11 +71,7 @@ def split(subjects: Sequence[str], test: int, seed: int) -> Split:
     Args:
         subjects: whose each volume is.
     """
-    names, of = np.unique(subjects, return_inverse=True)
-    place = np.random.default_rng((seed, 0)).permutation(len(names)).argsort()[of]  # of a volume's subject
-    order = place.argsort(kind="stable")
-    last = place[order[test - 1]]  # of the subjects that are tested on
-    return Split(order[place[order] > last], order[place[order] <= last])
+    return Split(*split_by_subject(subjects, test, seed))
 
 
 def draw(pool: np.ndarray, budget: int, number: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evaluation.cases import mean_of_classes
 from evaluation.scores import holm, paired_test
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
@@ -35,23 +36,34 @@ class Row(NamedTuple):
     network: str
     arm: str
     how: str  # of TITLES
-    scores: dict[str, dict[int, np.ndarray]]  # by name and by number of labels [seeds, draws, cases, structures]
+    scores: dict[str, dict[int, np.ndarray]]  # by name and by number of labels [seeds, draws, subjects, structures]
 
     def dice(self, budgets: Sequence[int]) -> np.ndarray:
-        """Means over budgets and structures, `[seeds, draws, cases]`."""
+        """Means over budgets and structures, `[seeds, draws, subjects]`."""
         return np.nanmean([np.nanmean(self.scores["dice"][budget], -1) for budget in budgets], axis=0)
 
 
+def by_subject(scores: Sequence, subjects: Sequence[str]) -> np.ndarray:
+    """Means `[draws, subjects, structures]` over the volumes of each subject, of what is there.
+
+    Args:
+        scores: `[draws, volumes, structures]`.
+        subjects: whose each volume is.
+    """
+    scores, (names, of) = np.array(scores, float), np.unique(subjects, return_inverse=True)
+    scores = np.moveaxis(scores, 1, -1)
+    return np.stack([mean_of_classes(scores[..., of == number]) for number in range(len(names))], axis=1)
+
+
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `[seeds, draws, cases]`, and its percentile interval: other seeds, labels and cases are drawn at once.
+    """Mean of `[seeds, draws, subjects]`, and its percentile interval: seeds, labels and subjects are drawn anew.
 
     With a single seed, or a few, an interval tells little of other seeds.
     """
     rng = np.random.default_rng(seed)
     means = np.empty(DRAWS)
     for number in range(DRAWS):
-        seeds, draws, cases = (rng.integers(n, size=n) for n in values.shape)
-        means[number] = np.nanmean(values[np.ix_(seeds, draws, cases)])
+        means[number] = np.nanmean(values[np.ix_(*(rng.integers(n, size=n) for n in values.shape))])
     return float(np.nanmean(values)), *np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
 
 
@@ -79,8 +91,8 @@ def score_table(rows: Sequence[Row], score: str, structure: int | None = None) -
 def comparison_table(rows: Sequence[Row]) -> str:
     """Differences in Dice of `COMPARED` arms, mean over the numbers of labels that both have and over structures.
 
-    `p` is of a permutation test over cases, each averaged over seeds and labels: it says that these encoders differ,
-    and is corrected for all tests of the table (Holm). The interval is over seeds, labels and cases; the last column
+    `p` is of a permutation test over subjects, each averaged over seeds and labels: it says that these encoders differ,
+    and is corrected for all tests of the table (Holm). The interval is over seeds, labels and subjects; the last column
     has the difference seed by seed. An arm is called better, or worse, where both leave no doubt.
     Fewer than `FEWEST_SEEDS` are not judged.
     """
@@ -171,7 +183,7 @@ def draw_curves(rows: Sequence[Row], baselines: Sequence[Row], path: Path) -> No
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("Dice, mean over structures and cases")
+    figure.axes[0].set_ylabel("Dice, mean over structures and subjects")
     figure.savefig(path, dpi=120)
 
 

@@ -54,6 +54,6 @@ def summarise(scored: Sequence[Scored], names: Sequence[str]) -> dict[str, dict[
 
 
 def mean_of_classes(table: np.ndarray) -> np.ndarray:
-    """Over the last axis, of what is there; NaN where nothing is."""
+    """Over the last axis, of what is there, without a warning; NaN where nothing is."""
     there = ~np.isnan(table)
     return np.where(there.any(-1), np.nansum(table, -1) / np.maximum(there.sum(-1), 1), np.nan)

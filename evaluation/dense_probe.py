@@ -87,6 +87,26 @@ def place_cells(volume: torch.Tensor, stride: int) -> torch.Tensor:
     return torch.cat((place, place[first] * place[second])).to(volume.device)
 
 
+def split_by_subject(subjects: Sequence[str], test: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of volumes to learn from, and of `test` or more to be tested on, which are all those of some subjects.
+
+    Both in a random order of the subjects.
+
+    Args:
+        subjects: whose each volume is.
+
+    Raises:
+        ValueError: if none is left to learn from.
+    """
+    names, of = np.unique(subjects, return_inverse=True)
+    place = np.random.default_rng((seed, 0)).permutation(len(names)).argsort()[of]  # of a volume's subject
+    order = place.argsort(kind="stable")
+    is_tested = place[order] <= place[order[test - 1]]
+    if is_tested.all():
+        raise ValueError(f"the volumes of {len(names)} subjects leave none to learn from where {test} are tested on")
+    return order[~is_tested], order[is_tested]
+
+
 def class_shares(labels: torch.Tensor, stride: int, classes: int) -> torch.Tensor:
     """The share of each class in each cell of a map of labels `[X, Y, Z]`: `[classes, x, y, z]`, which add up to 1."""
     return _cell_means(F.one_hot(labels.long(), classes).movedim(-1, 0).float(), stride)

@@ -13,7 +13,16 @@ from data.stream import SampleStream
 from data.views import alignment_points, sample_views
 from models import architecture
 
-from .dense_probe import Case, dense_cells, knn_probe, linear_probe, place_cells, probe_by_budget, raw_cells
+from .dense_probe import (
+    Case,
+    dense_cells,
+    knn_probe,
+    linear_probe,
+    place_cells,
+    probe_by_budget,
+    raw_cells,
+    split_by_subject,
+)
 from .retrieval import transport, view_retrieval
 from .scores import Estimate, dice
 from .spread import rank_me
@@ -81,17 +90,18 @@ def with_labels(
     budgets: Sequence[int],
     draws: int,
     test: int,
+    subjects: Sequence[str],
     seed: int = 0,
 ) -> dict[str, float]:
     """Mean Dice over structures, cases and draws of `linear@BUDGET`, `knn@BUDGET` and `transport` (from one volume).
 
     Args:
-        test: how many volumes are tested on; labelled ones are drawn from the others.
+        test: how many volumes are tested on, at least; labelled ones are drawn from those of other subjects.
+        subjects: whose each volume is.
     """
     classes = max(int(one.max()) for one in labels) + 1
     cases = [Case(_of(cells, volume), one, stride) for volume, one in zip(volumes, labels)]
-    order = np.random.default_rng(seed).permutation(len(cases))
-    tested, pool = ([cases[n] for n in part] for part in (order[:test], order[test:]))
+    pool, tested = ([cases[n] for n in part] for part in split_by_subject(subjects, test, seed))
     found = {}
     for name, probe in (("linear", linear_probe), ("knn", knn_probe)):
         for budget, values in probe_by_budget(probe, pool, tested, classes, budgets, draws, seed).items():
@@ -109,6 +119,7 @@ def evaluate_encoder(
     budgets: Sequence[int] = (1, 5),
     draws: int = 4,
     test: int | None = None,
+    subjects: Sequence[str] | None = None,
     seed: int = 0,
     only: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -119,6 +130,7 @@ def evaluate_encoder(
         labels: `[X, Y, Z]` of each volume, whole numbers from 0, the background.
         stride: voxels a cell; None for the architecture's own.
         test: volumes to test on; None for a third.
+        subjects: whose each volume is; None if each is of another.
         only: rows, such as `("encoder",)` where the others are known from before.
 
     Raises:
@@ -127,12 +139,13 @@ def evaluate_encoder(
     stride = stride or architecture(encoder.config.model_type).feature_map(encoder.config).stride
     stream = compared_views(volumes, encoder.config.image_size, stride, seed)
     test, found, was_training = test or max(1, len(volumes) // 3), {}, encoder.training
+    subjects = subjects or [str(number) for number in range(len(volumes))]
     encoder.eval()
     for name, cells in rows_of(encoder, stride, seed).items():
         if only is None or name in only:
             found[name] = without_labels(cells, volumes, stream, samples)
             if labels is not None:
-                found[name] |= with_labels(cells, volumes, labels, stride, budgets, draws, test, seed)
+                found[name] |= with_labels(cells, volumes, labels, stride, budgets, draws, test, subjects, seed)
     encoder.train(was_training)
     return found
 

@@ -15,7 +15,7 @@ def pooled_probe(features: torch.Tensor, classes: torch.Tensor) -> np.ndarray:
     """Probabilities `[N, K]` of the classes of volumes, for `classification_scores`.
 
     Logistic regression on standardised features; each volume is predicted by one that was fitted without it. The
-    penalty is the one that predicts best so, of a few.
+    penalty is the one that predicts best so, of a few: all have a say in that one number.
 
     Args:
         features: pooled, `[N, D]`.

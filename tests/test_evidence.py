@@ -13,7 +13,7 @@ from conftest import ROOT
 from benchmarks import draw_heads, evidence_arms
 from benchmarks.evidence_arms import ARMS, Arm, compute, flops_of_a_step, length, misaligned_points, pretrain
 from benchmarks.evidence_probe import Labelled, cells_of, draw, kept, of_what_is_there, split, with_place
-from benchmarks.evidence_report import Row, comparison_table, interval, score_table
+from benchmarks.evidence_report import Row, by_subject, comparison_table, interval, score_table
 from benchmarks.script_runs import open_recipe
 from data.views import alignment_points, sample_views, to_volume
 
@@ -179,6 +179,12 @@ def test_a_difference_is_called_one_only_where_seeds_and_cases_agree():
     few = comparison_table([row("untrained", base[:2] - 0.1), row("MAE", base[:2])])
     assert "| not judged, 2 seeds |" in few
     assert "better" not in few
+
+
+def test_volumes_of_a_subject_are_one_case():
+    scores = [[[0.2, np.nan], [0.4, np.nan], [0.9, 0.5]]]  # one draw, three volumes, two structures
+    found = by_subject(scores, ["b", "b", "a"])
+    np.testing.assert_allclose(found, [[[0.9, 0.5], [0.3, np.nan]]])
 
 
 def test_the_interval_holds_the_mean_and_grows_with_the_spread_of_seeds():

@@ -56,7 +56,7 @@ def trained_on(labelled, tmp_path_factory):
 
 def chosen(volumes, folder, evaluate_on=None, validation=None):
     said = []
-    data = RunData(volumes, validation, None, None, volumes.spacing, {})
+    data = RunData(volumes, validation, None, None, volumes.spacing, None, {})
     judged = choose_volumes(recipe_of("run.evaluate_every=2"), evaluate_on, RunFolder(folder), data, said.append)
     return judged, said
 
@@ -109,18 +109,18 @@ def test_no_more_volumes_than_needed_and_those_trained_on_are_told(trained_on, l
     assert chosen(trained_on, tmp_path)[0].rows == [0, 2, 5]
     judged, (line, seen) = chosen(trained_on, tmp_path, labelled)
     assert judged.labelled
-    assert len(judged.rows) == len(list((tmp_path / "evaluation" / "volumes" / "labels").iterdir())) == 4
+    assert len(judged.rows) == len(list((judged.folder / "labels").iterdir())) == 4
     assert f"4 volumes of {labelled.name}" in line
     assert seen.startswith("            4 of them are trained on, too")
     again, _ = chosen(trained_on, tmp_path, labelled)
     assert again == judged
-    streamed = RunData([None], None, None, object(), (1.0, 1.0, 1.0), {})
+    streamed = RunData([None], None, None, object(), (1.0, 1.0, 1.0), None, {})
     said = []
     assert judged == choose_volumes(
         recipe_of("run.evaluate_every=2"), labelled, RunFolder(tmp_path), streamed, said.append
     )
     assert len(said) == 1  # what is trained on is not known
-    ready, _ = chosen(trained_on, tmp_path, tmp_path / "evaluation" / "volumes")
+    ready, _ = chosen(trained_on, tmp_path, judged.folder)
     assert ready.rows == judged.rows
     assert ready.words.split("(")[1] == judged.words.split("(")[1]  # the same volumes, whatever they are called
 

@@ -44,7 +44,7 @@ HERE = Path(__file__).resolve().parents[1]
 PROCESS = "evaluation.in_run"  # of which this package imports nothing
 VOLUMES, LABELLED = 8, 24  # that are looked at, at most: without labels, and with
 FEWEST = 3  # labelled ones: one to test on, and some to learn from
-NICE = 5  # of the process: it gets what training leaves, and a quarter of a core that training wants
+NICE = 5  # more than the run's, of the process: what training leaves, and a quarter of a core that training wants
 POLL = 0.1  # seconds between two looks whether it is done
 
 
@@ -93,14 +93,16 @@ def choose_volumes(
     """
     if evaluate_on:
         try:
-            volumes = _labelled_volumes(evaluate_on, folder.evaluation / "volumes", recipe, data.spacing)
+            place = folder.evaluation / f"volumes_{hashlib.sha256(bytes(evaluate_on.resolve())).hexdigest()[:8]}"
+            volumes = _labelled_volumes(evaluate_on, place, recipe, data.spacing)
         except ValueError as error:
             raise ValueError(f"--evaluate-on {evaluate_on}: {error}") from None
         most, words = LABELLED, f"of {evaluate_on.name}"
     else:
         volumes, words = (data.validation, "kept for validation") if data.validation else (data.volumes, "trained on")
         most = VOLUMES
-    chosen = np.unique(np.linspace(0, len(volumes) - 1, most).round().astype(int))
+    subjects = np.sort(np.unique(volumes.subjects, return_index=True)[1])  # one of each, for none to be on both sides
+    chosen = subjects[np.unique(np.linspace(0, len(subjects) - 1, most).round().astype(int))]
     rows = [int(volumes.rows[row]) for number in chosen for row in volumes.rows_of(number)]
     contents = _checksums(volumes.manifest, rows)
     known = hashlib.sha256("".join(contents).encode()).hexdigest()[:8]
@@ -126,8 +128,8 @@ def _labelled_volumes(source: Path, place: Path, recipe: Recipe, spacing: list[f
         manifest = _prepare(source, place, how)
     volumes = PreparedVolumes(manifest, labelled_rows(manifest))
     values = manifest.volumes["label_values"].take(pa.array(volumes.rows)).to_pylist()
-    if len(volumes) < FEWEST:
-        raise ValueError(f"{len(volumes)} volumes with labels can be used: give {FEWEST} or more")
+    if (count := len(np.unique(volumes.subjects))) < FEWEST:
+        raise ValueError(f"{count} subjects have volumes with labels that can be used: give {FEWEST} or more")
     if {value for one in values for value in one} <= {BACKGROUND}:
         raise ValueError("all its label maps are empty")
     return volumes
@@ -175,9 +177,10 @@ class Evaluation:
         which only the last comes."""
         if step in self.asked or any(row["step"] == step for row in self.known()):  # a finished run, started again
             return
-        if self.background.is_done:
+        is_free = self.background.is_done
+        if is_free:
             self._remove(self._places().values())
-        if self.background.is_done or last:
+        if is_free or last:
             temporary = self.place(step).with_name(f"tmp-step_{step}")
             shutil.copytree(self.folder.encoder, temporary)
             temporary.rename(self.place(step))
@@ -233,10 +236,14 @@ class Evaluation:
             stderr=subprocess.PIPE,
             text=True,
         )
-        os.setpriority(os.PRIO_PROCESS, self.process.pid, NICE)
-        if self.ended:
+        try:
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE))
+            if self.ended:
+                self.process.kill()
+            answer, errors = self.process.communicate(json.dumps(task))
+        except BaseException:
             self.process.kill()
-        answer, errors = self.process.communicate(json.dumps(task))
+            raise
         if self.process.returncode:
             last = errors.strip().splitlines()[-1:] or [f"its process ended with {self.process.returncode}"]
             raise RuntimeError(last[0])

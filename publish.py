@@ -199,13 +199,14 @@ def kind_of(model: PreTrainedModel) -> tuple[str, Callable[..., str]] | None:
 # --------------------------------------------------------------------------- where it goes
 
 
-def check_overwrite(where: str, files: set[str], model_type: str | None, model: PreTrainedModel) -> None:
+def check_overwrite(where: str, files: set[str], known: dict, model: PreTrainedModel) -> None:
     """Raise ValueError unless the place is empty, or holds a bundle of the same architecture and nothing else."""
     kind = model.config.model_type
     of_encoder = {FACTS, *([PLAN] if architecture(kind).nnunet else [])}  # a run's encoder/ has no plan
     marks = {"config.json", *([OF_FINE_TUNING] if kind_of(model) else of_encoder)}
     bundle = BUNDLE | {name for name in files if re.fullmatch(r"(modeling|configuration)_\w+\.py", name)}
-    if files and (not marks <= files or files - bundle or model_type != kind):
+    is_other = known.get("architectures") not in (None, [type(model).__name__])
+    if files and (not marks <= files or files - bundle or known.get("model_type") != kind or is_other):
         found = ", ".join(sorted(files - bundle or files)[:3])
         raise ValueError(f"--to {where} holds something else ({found}): choose another place")
 
@@ -229,7 +230,7 @@ def upload(folder: Path, repo_id: str, public: bool, model: PreTrainedModel) -> 
         known = {}
         if "config.json" in files:
             known = read_json(Path(api.hf_hub_download(repo_id, "config.json", revision=info.sha)))
-        check_overwrite(f"hub:{repo_id}", files, known.get("model_type"), model)
+        check_overwrite(f"hub:{repo_id}", files, known, model)
         operations = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())]
         commit = api.create_commit(repo_id, operations, commit_message="Publish the model", parent_commit=info.sha)
         if public and info.private:
@@ -272,7 +273,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--to {place} is a file: name a folder")
         files = {file.name for file in place.iterdir()} if place.exists() else set()
         known = read_json(place / "config.json") if "config.json" in files else {}
-        check_overwrite(arguments.to, files, known.get("model_type"), model)
+        check_overwrite(arguments.to, files, known, model)
         replace_folder(place, write)
     print(f"published   {place}")
     auto, _ = kind_of(model) or ("AutoModel", None)

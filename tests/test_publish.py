@@ -210,6 +210,12 @@ def test_a_folder_with_something_else_is_not_overwritten(runs, tmp_path):
     publish(runs / "primus", "--to", tmp_path / "bundle")  # its own kind may be renewed
     with pytest.raises(ValueError, match="holds something else"):
         publish(runs / "resenc", "--to", tmp_path / "bundle")
+    config = tmp_path / "bundle" / "config.json"
+    written = config.read_text()
+    config.write_text(json.dumps(json.loads(written) | {"architectures": ["PrimusForSegmentation"]}))
+    with pytest.raises(ValueError, match="holds something else"):  # the same network, for another use
+        publish(runs / "primus", "--to", tmp_path / "bundle")
+    config.write_text(written)
     (tmp_path / "bundle" / "notes.txt").write_text("which I took")
     with pytest.raises(ValueError, match=r"holds something else \(notes.txt\)"):
         publish(runs / "primus", "--to", tmp_path / "bundle")

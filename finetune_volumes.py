@@ -61,9 +61,15 @@ DEMO = Path(__file__).resolve().parent / "recipes" / "demo_whole_volumes.yaml"
 # --------------------------------------------------------------------------- the recipe's own sections
 
 
+def _as_written(name: object) -> str:
+    if isinstance(name, bool):
+        raise ValueError(f'write classes in quotation marks, as ["no", "yes"]: without them YAML reads {name}')
+    return str(name)
+
+
 class Data(recipe_sections.LabelledData):
     target: Annotated[str, Field(min_length=1)]  # column of the table
-    classes: list[Annotated[str, BeforeValidator(str)]]  # of a classification, in order; []: those of the table
+    classes: list[Annotated[str, BeforeValidator(_as_written)]]  # of a classification, in order; []: the table's
 
     @field_validator("classes")
     @classmethod
@@ -179,8 +185,14 @@ def classes_of_table(table: Path, recipe: WholeVolumesRecipe) -> list[str]:
     """
     column = read_column(table, recipe.data.target)
     if recipe.classifies:
-        found, _ = as_classes(column)
-        return recipe.data.classes or list(found)
+        named = recipe.data.classes
+        if unknown := [name for name in named if name not in column.values()]:
+            there = ", ".join(map(repr, sorted({*column.values()})[:9]))
+            raise ValueError(
+                f"data.classes: no subject of {table} is of class {unknown[0]!r}; {recipe.data.target} has {there}"
+            )
+        found, _ = as_classes({s: name for s, name in column.items() if not named or name in named})
+        return named or list(found)
     as_numbers(column)
     if recipe.data.classes:
         warnings.warn(f"data.classes are not looked at: loss.name={recipe.loss.name} is a regression", stacklevel=2)

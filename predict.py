@@ -154,6 +154,8 @@ def answer_writer(model: PreTrainedModel, facts: dict, arguments: argparse.Names
     columns = ["path", "class", *(f"probability of {name}" for name in names)] if classifies else ["path", *names]
     file, crop_size = arguments.output / "answers.csv", processor(model.config).crop_size
     done = rows_done(file, columns)
+    if done:
+        print(f"goes on     after the {len(done)} lines of {file}; for another model, choose another --output")
 
     def write(source: Source, images: list[Path]) -> None:
         placed = place(model, images)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,8 @@ def write_answers(
         for one in answered
     ]
     content = {"names": list(names), "summary": summary, "cases": cases}
+    if mean is None and len(names) == 2:
+        content["positive"] = names[1]  # whose AUROC and average precision they are
     write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1)))
     for group, row in summary.items():
         words = ", ".join(f"{key.replace('_', ' ')} {in_words(value)}" for key, value in row.items() if key != "cases")
@@ -72,7 +75,10 @@ def summarise_answers(answered: Sequence[Answered], mean: float | None) -> dict[
             scores = classification_scores(answers, true.astype(int))
         else:
             scores = regression_scores(answers[:, 0], true) | {"mae_of_mean": mean_over_cases(np.abs(true - mean))}
-        summary[group] = {key: score._asdict() for key, score in scores.items()} | {"cases": len(true)}
+        known = {key: score._asdict() for key, score in scores.items() if not math.isnan(score.value)}
+        if missing := [key.replace("_", " ") for key in scores if key not in known]:
+            print(f"{group:<11} no {', '.join(missing)}: too few subjects, or not of every class")
+        summary[group] = known | {"cases": len(true)}
     return summary
 
 

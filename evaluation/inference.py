@@ -69,12 +69,14 @@ def answer_of_volume(
     padded, _ = _padded(volume, padding, crop_size)
     starts = [window_starts(have, want, overlap) for have, want in zip(padded.shape[1:], crop_size)]
     flips = [tuple(axis - 1 for axis in axes) for axes in _mirrored(mirror)]  # crops have no batch yet
-    crops = [
-        padded[(slice(None), *(slice(start, start + want) for start, want in zip(place, crop_size)))].flip(flipped)
-        for place in itertools.product(*starts)
-        for flipped in flips
-    ]
-    answers = [model.answers(model(torch.stack(crops[n : n + windows])).logits) for n in range(0, len(crops), windows)]
+    places = list(itertools.product(itertools.product(*starts), flips))
+
+    def crop(place: Sequence[int], flipped: Sequence[int]) -> torch.Tensor:
+        box = (slice(start, start + want) for start, want in zip(place, crop_size))
+        return padded[(slice(None), *box)].flip(flipped)
+
+    batches = (places[first : first + windows] for first in range(0, len(places), windows))
+    answers = [model.answers(model(torch.stack([crop(*one) for one in batch])).logits) for batch in batches]
     return torch.cat(answers).mean(dim=0)
 
 

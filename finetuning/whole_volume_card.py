@@ -82,16 +82,17 @@ with torch.no_grad():
 def _scores(scores: dict | None) -> str:
     if not scores:
         return "## Scores\n\nNone are known."
-    columns = [key for key in COLUMNS if key in next(iter(scores["summary"].values()))]
+    columns = [key for key in COLUMNS if any(key in row for row in scores["summary"].values())]
     lines = [
-        f"| {split} | {' | '.join(in_words(row[key]) for key in columns)} | {row['cases']} |"
+        f"| {split} | {' | '.join(in_words(row[key]) if key in row else '' for key in columns)} | {row['cases']} |"
         for split, row in scores["summary"].items()
     ]
     table = "\n".join(lines)
+    positive = f" AUROC and average precision are of {scores['positive']}." if "positive" in scores else ""
     return f"""## Scores
 
 Of subjects, in brackets 95 % bootstrap intervals over them. `training` are those that it was trained on, which say
-nothing of others.
+nothing of others.{positive}
 
 | subjects | {" | ".join(COLUMNS[key] for key in columns)} | number |
 |---|{"---|" * len(columns)}---|

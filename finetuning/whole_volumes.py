@@ -60,8 +60,8 @@ def class_targets(
     share = torch.zeros(len(classes)).index_add_(0, of_volumes, torch.from_numpy(chances).float())
     if absent := [name for name, part in zip(classes, share.tolist()) if not part]:
         raise ValueError(
-            f"no subject that is trained on is of class {absent[0]}: raise data.budget, change data.budget_seed, or "
-            "leave out others"
+            f"no subject that is trained on is of class {absent[0]}: name data.classes without it, raise data.budget, "
+            "change data.budget_seed, or leave out others"
         )
     weights = 1 / (len(classes) * share) if balanced else torch.ones(len(classes))
     return Targets(labels.float(), weights[labels.nan_to_num().long()], (weights * share).log())
@@ -104,7 +104,7 @@ def _by_subject(numbers: Mapping[str, float], volumes: PreparedVolumes) -> torch
 
 def warn_of_collapse(step: int, means: dict[str, float]) -> None:
     """Say so if a network answers the same whatever it sees, as fine-tuned transformers are known to end."""
-    if means["spread"] < TOO_LITTLE * means["true_spread"]:
+    if means.get("spread", 1.0) < TOO_LITTLE * means.get("true_spread", 0.0):
         warnings.warn(
             f"step {step}: all crops held out get the same answer: answers differ by {means['spread']:.2g}, what is "
             f"true by {means['true_spread']:.2g}. If it stays so, the network has collapsed: lower "

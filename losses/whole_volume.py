@@ -18,7 +18,7 @@ def classification_objective(outputs: dict[str, torch.Tensor], gather: Gather) -
 
     Returns:
         `cross_entropy`; `accuracy`, the share of crops whose class is the likeliest; `spread` and `true_spread`, how
-        far probabilities, and classes as 0 and 1, differ between the crops of all ranks.
+        far probabilities, and classes as 0 and 1, differ between the crops of all ranks, if there are several.
     """
     logits, labels = outputs["logits"].float(), outputs["labels"].long()
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -39,7 +39,7 @@ def regression_objective(outputs: dict[str, torch.Tensor], gather: Gather) -> di
 
     Returns:
         `mse` and `smooth_l1`, of which one is trained; `absolute_error`; `spread` and `true_spread`, how far answers,
-        and labels, differ between the crops of all ranks.
+        and labels, differ between the crops of all ranks, if there are several.
     """
     logits, labels = outputs["logits"].float(), outputs["labels"].float()[:, None]
     found = {
@@ -51,6 +51,8 @@ def regression_objective(outputs: dict[str, torch.Tensor], gather: Gather) -> di
 
 
 def _spreads(answers: torch.Tensor, true: torch.Tensor, gather: Gather) -> dict[str, torch.Tensor]:
-    """Standard deviations over the crops of all ranks, of `[B, K]` each, their mean over K."""
+    """Standard deviations over the crops of all ranks, of `[B, K]` each, their mean over K; none of a single crop."""
     both = gather(torch.stack((answers, true), dim=1)).flatten(0, 1)  # [ranks B, 2, K]
+    if len(both) < 2:
+        return {}
     return dict(zip(("spread", "true_spread"), both.std(dim=0, correction=0).mean(dim=1)))

@@ -98,6 +98,12 @@ def test_what_a_user_can_mend_is_one_line(encoder, sizes, tmp_path, monkeypatch)
         classify = ["loss={name: cross_entropy, balanced: true}", "data.target=kind"]
         with pytest.raises(ValueError, match=said):
             main(arguments(*given, "--targets", tmp_path / f"{name}.csv", *classify))
+    table = ["--targets", sizes / "table.csv", "data.target=kind"]
+    classify = "loss={name: cross_entropy, balanced: true}"
+    with pytest.raises(ValueError, match="write classes in quotation marks"):
+        main(arguments(*given, *table, classify, "data.classes=[no, yes]"))
+    with pytest.raises(ValueError, match="is of class 'never'; kind has 'no', 'yes'"):
+        main(arguments(*given, *table, classify, 'data.classes=["no", "never"]'))
     with pytest.raises(ValueError, match="has 'no', which is no number: mend it, or train to classify"):
         main(arguments(*given, "--targets", sizes / "table.csv", "data.target=kind"))
 

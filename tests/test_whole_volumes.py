@@ -148,6 +148,14 @@ def test_a_network_that_always_answers_the_same_is_told_of(recwarn):
     assert not recwarn.list
 
 
+def test_one_crop_does_not_tell_of_a_collapse(recwarn):
+    one = {"logits": torch.zeros(1, 2), "labels": torch.ones(1), "weights": torch.ones(1)}
+    found = classification_objective(one, lambda x: x[None])
+    assert "spread" not in found
+    warn_of_collapse(20, found)
+    assert not recwarn
+
+
 def test_who_has_learned_nothing_is_told_beside_the_loss():
     """By the shares of the classes, which balancing makes alike; of a regression by the mean."""
     found, volumes = {"s0": "no", "s1": "no", "s2": "yes"}, volumes_of([0, 1, 1, 2])
@@ -185,7 +193,7 @@ def test_rare_classes_weigh_more_and_all_weigh_one_on_average():
 def test_targets_that_cannot_be_learned_are_one_line():
     with pytest.raises(ValueError, match=r"s1 has 'maybe', which is none of data\.classes \('no', 'yes'\)"):
         class_targets({"s0": "no", "s1": "maybe"}, ["no", "yes"], volumes_of([0, 1]), False)
-    with pytest.raises(ValueError, match=r"no subject that is trained on is of class yes: raise data\.budget"):
+    with pytest.raises(ValueError, match=r"trained on is of class yes: name data\.classes without it"):
         class_targets({"s0": "no", "s1": "no", "s2": "yes"}, ["no", "yes"], volumes_of([0, 1]), False)
     with pytest.raises(ValueError, match="all 2 subjects that are trained on have 3"):
         number_targets({"s0": "3", "s1": "3"}, volumes_of([0, 1]))
@@ -247,9 +255,15 @@ def test_answers_of_a_subject_are_averaged_and_scored():
     assert summary["mae_of_mean"]["value"] == 5.0
     assert summary["cases"] == 2
     single = summarise_answers(cases[:1], mean=24.0)["test"]
-    assert np.isnan(single["r2"]["value"])
+    assert "r2" not in single
     classes = [Answered(str(n), "test", n % 2, [0.9, 0.1] if n % 2 == 0 else [0.3, 0.7]) for n in range(6)]
     assert summarise_answers(classes, None)["test"]["balanced_accuracy"]["value"] == 1.0
+
+
+def test_a_group_without_one_of_the_classes_has_no_scores_and_says_so(capsys):
+    answered = [Answered(str(n), "validation", n % 2, [0.5, 0.3, 0.2]) for n in range(6)]
+    assert summarise_answers(answered, None) == {"validation": {"cases": 6}}
+    assert "validation  no balanced accuracy, auroc, ap" in capsys.readouterr().out
 
 
 def test_a_table_goes_on_where_it_was_cut_off(tmp_path):

@@ -31,7 +31,7 @@ from data.sources import find_sources
 from data.stored_volume import HeldVolume
 from data.targets import as_classes, as_numbers, read_targets
 from data.volume import BadVolume, axis_order, prepare, prepare_labels
-from evaluation.dense_probe import dense_cells
+from evaluation.dense_probe import dense_cells, number_labels
 from evaluation.judge import evaluate_encoder, pool_cells, table
 from evaluation.pooled_probe import pooled_scores
 from evaluation.scores import Estimate
@@ -116,10 +116,10 @@ def read_volumes(
     if not volumes:
         raise ValueError(f"{data}: no volume can be used, see above")
     if labels:
-        names = torch.cat([one.unique() for one in maps]).unique()  # such as 0, 85, 170
-        maps = [torch.searchsorted(names, one) for one in maps]
-        if len(names) < 2:
-            raise ValueError(f"{labels}: all label maps are {names.tolist()} everywhere: give those of these volumes")
+        try:
+            maps = number_labels(maps)
+        except ValueError as error:
+            raise ValueError(f"{labels}: {error} in all label maps: give those of these volumes") from None
     return volumes, maps if labels else None, subjects
 
 

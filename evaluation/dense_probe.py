@@ -107,6 +107,18 @@ def split_by_subject(subjects: Sequence[str], test: int, seed: int = 0) -> tuple
     return order[~is_tested], order[is_tested]
 
 
+def number_labels(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Maps of labels such as 0, 85 and 170, numbered from 0, the background, in the order of their values.
+
+    Raises:
+        ValueError: if there is nothing but background.
+    """
+    values = torch.cat([torch.zeros(1, dtype=maps[0].dtype), *(one.unique() for one in maps)]).unique()
+    if len(values) < 2:
+        raise ValueError("there is nothing but background")
+    return [torch.searchsorted(values, one) for one in maps]
+
+
 def class_shares(labels: torch.Tensor, stride: int, classes: int) -> torch.Tensor:
     """The share of each class in each cell of a map of labels `[X, Y, Z]`: `[classes, x, y, z]`, which add up to 1."""
     return _cell_means(F.one_hot(labels.long(), classes).movedim(-1, 0).float(), stride)

@@ -25,6 +25,7 @@ from data.volume import axis_order
 from models import load_encoder
 
 from .curve import draw_curve
+from .dense_probe import number_labels
 from .judge import evaluate_encoder, table
 
 SAMPLES = 32  # pairs of views, 64 places each, both ways
@@ -56,13 +57,12 @@ def hold(volumes: PreparedVolumes, number: int, most: Sequence[int], coarsest_la
     return volumes.read([number], read)
 
 
-def as_classes(held: Sequence[HeldVolume]) -> list[torch.Tensor]:
-    """Their labels, numbered from 0 in the order of their values."""
-    maps = [torch.from_numpy(np.ascontiguousarray(one.labels).astype(np.int64)) for one in held]
-    values = torch.cat([one.unique() for one in maps]).unique()
-    if len(values) < 2:
-        raise ValueError("the middle of the labelled volumes has no structure")
-    return [torch.searchsorted(values, one) for one in maps]
+def labels_of(held: Sequence[HeldVolume]) -> list[torch.Tensor]:
+    """Their labels, `[X, Y, Z]`, numbered from 0."""
+    try:
+        return number_labels([torch.from_numpy(np.ascontiguousarray(one.labels).astype(np.int64)) for one in held])
+    except ValueError as error:
+        raise ValueError(f"the middle of the labelled volumes: {error}") from None
 
 
 def judge(task: dict) -> dict[str, dict[str, float]]:
@@ -73,7 +73,7 @@ def judge(task: dict) -> dict[str, dict[str, float]]:
     most = [math.ceil(LARGEST * size) for size in encoder.config.image_size]
     coarsest_last = (encoder.config.preprocessing or {}).get("coarsest_last", False)
     held = [hold(volumes, number, most, coarsest_last) for number in range(len(volumes))]
-    labels = as_classes(held) if task["labelled"] else None
+    labels = labels_of(held) if task["labelled"] else None
     test = max(1, len(held) // 3)
     budgets = [budget for budget in BUDGETS if budget <= len(held) - test]
     known = task["known"][-1]["evaluation"]["rows"] if task["known"] else {}

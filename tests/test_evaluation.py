@@ -13,7 +13,17 @@ from scipy.spatial.distance import cdist
 
 from benchmarks import evaluate_encoder
 from evaluation import dense_probe, scores
-from evaluation.dense_probe import Case, class_shares, dense_cells, knn_probe, linear_probe, place_cells, raw_cells
+from evaluation.dense_probe import (
+    Case,
+    class_shares,
+    dense_cells,
+    knn_probe,
+    linear_probe,
+    number_labels,
+    place_cells,
+    raw_cells,
+    split_by_subject,
+)
 from evaluation.pooled_probe import pooled_neighbours, pooled_probe, pooled_regression, pooled_scores
 from evaluation.retrieval import read_cells, retrieval, transport
 from evaluation.scores import dice, segmentation_scores
@@ -27,6 +37,24 @@ SPACING = (1.0, 2.0, 0.5)
 def ball(shape, centre, radius) -> torch.Tensor:
     grid = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"), dim=-1)
     return ((grid - torch.tensor(centre)).norm(dim=-1) <= radius).long()
+
+
+def test_labels_are_numbered_and_zero_is_the_background_even_where_none_is():
+    first, second = number_labels([torch.tensor([[170, 85]]), torch.tensor([[85, 85]])])
+    assert first.tolist() == [[2, 1]]
+    assert second.tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="nothing but background"):
+        number_labels([torch.zeros(2, 2, dtype=torch.long)])
+
+
+def test_a_subject_is_on_one_side_alone():
+    subjects = [f"s{number // 2}" for number in range(8)]  # two volumes each
+    pool, tested = split_by_subject(subjects, 3)
+    assert sorted([*pool, *tested]) == list(range(8))
+    assert len(tested) == 4
+    assert not {subjects[n] for n in pool} & {subjects[n] for n in tested}
+    with pytest.raises(ValueError, match="leave none to learn from"):
+        split_by_subject(subjects, 7)
 
 
 def test_dice_is_that_of_sets():
@@ -358,7 +386,7 @@ def test_what_cannot_be_judged_is_one_line_with_the_remedy(judged, tmp_path):
         "runs/NAME/encoder": (tuned,),
         "2 channels": (tmp_path / "two",),
         "no file has the name of a volume": (encoder, "--labels", tmp_path / "none"),
-        "everywhere": (encoder, "--labels", tmp_path / "empty"),
+        "nothing but background in all label maps": (encoder, "--labels", tmp_path / "empty"),
     }
     for words, arguments in bad.items():
         with pytest.raises(ValueError, match=words) as caught:

@@ -39,6 +39,7 @@ from models import architecture, load_encoder
 from models.warm_start import find
 from training.command_line import run as run_script
 from training.pictures import draw_features, planes_of
+from training.run_folder import RunFolder
 
 SHOWN = 4  # volumes of a picture
 
@@ -72,7 +73,8 @@ def open_encoder(source: str) -> PreTrainedModel:
         ValueError: if it is none.
     """
     try:
-        encoder = load_encoder(find(source).parent).eval()
+        of_run = RunFolder(Path(source)).encoder
+        encoder = load_encoder(of_run if of_run.is_dir() else find(source).parent).eval()
     except ValueError as error:
         raise ValueError(f"{error}; give the folder of a pretrained encoder, such as runs/NAME/encoder") from None
     if encoder.config.num_channels != 1:

@@ -364,7 +364,7 @@ def test_one_command_probes_what_is_known_of_subjects(judged, capsys, tmp_path, 
     value, low, high = pooled["intensity"]["knn r2"]
     assert low <= value <= high
     assert value > 0.5
-    judge(judged / "encoder", *asked, "--target", "kind", "--classify")
+    judge(judged, *asked, "--target", "kind", "--classify")  # a run has an encoder
     assert "linear balanced_accuracy" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no column colour among its columns path, size, kind"):
         judge(judged / "encoder", *asked, "--target", "colour")

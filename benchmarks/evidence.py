@@ -102,6 +102,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--finetune-arms", nargs="*", choices=ARMS, default=list(CORE), metavar="ARM", help="(the core)")
     add("--finetune-budgets", nargs="+", type=int, default=[2, 10], help="labelled subjects (%(default)s)")
     add("--finetune-rates", nargs="+", type=float, default=[1e-3, 3e-3, 9e-3], help="learning rates (%(default)s)")
+    numbers = "numbers of recipes/segmentation_small.yaml, of all arms"
+    add("--finetune-numbers", nargs="*", default=[], metavar="key.subkey=value", help=numbers)
     add("--finetune-draws", type=int, default=2, help="of labelled volumes (%(default)s)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to do now (all)")
     return parser.parse_args(arguments)
@@ -199,17 +201,19 @@ class Experiment:
     def finetune_rate_files(self, one: One) -> dict[float, Path]:
         """By learning rate, of an arm's first encoder of a split."""
         folder = one._replace(seed=0).folder(self.output)
-        is_asked = one.arm in self.asked.finetune_arms
+        is_asked = one.arm in self.asked.finetune_arms and len(self.asked.finetune_rates) > 1
         return {rate: folder / f"finetune_rate{rate:g}.json" for rate in self.asked.finetune_rates * is_asked}
 
     def finetune_rate(self, one: One) -> float:
         """The learning rate of an arm: the best on training subjects of its split, of the first seed and draw."""
+        if len(rates := self.asked.finetune_rates) == 1:
+            return rates[0]
         parts, scores = self.splits[one.split], {}
         held_out = parts.pool[TUNING[0] : sum(TUNING)]
         scored, others = ([self.volumes[number] for number in numbers] for numbers in (held_out, parts.test))
         for rate, path in self.finetune_rate_files(one).items():
             where = path.parent / "encoder", self.labelled, path.parent / "finetuning", scored, others, self.classes
-            run = partial(fine_tune, *where, max(self.asked.finetune_budgets), 0, rate)
+            run = partial(fine_tune, *where, max(self.asked.finetune_budgets), 0, rate, self.asked.finetune_numbers)
             scores[rate] = np.nanmean(kept(path, run)["dice"])
         return max(scores, key=scores.get)
 
@@ -219,7 +223,8 @@ class Experiment:
             where = folder / "encoder", self.labelled, folder / "finetuning", test, [], self.classes
             started = time.perf_counter()
             if not path.exists():
-                kept(path, partial(fine_tune, *where, budget, number, self.finetune_rate(one)))
+                rate, numbers = self.finetune_rate(one), self.asked.finetune_numbers
+                kept(path, partial(fine_tune, *where, budget, number, rate, numbers))
             say(f"fine-tuned  {one}: {budget} volumes, draw {number}, {time.perf_counter() - started:.0f} s")
 
     # ----------------------------------------------------------------------- before and after

@@ -22,6 +22,7 @@ def fine_tune(
     budget: int,
     number: int,
     rate: float,
+    overrides: Sequence[str],
 ) -> dict[str, list]:
     """Scores of cases by a network fine-tuned in a process of its own, `[cases][classes - 1]`.
 
@@ -30,12 +31,13 @@ def fine_tune(
         output: of finetune.py; all but the scores is deleted.
         scored, others: volumes that it is not trained on; those whose scores are asked for, and the rest.
         budget, number: labelled subjects, and which draw of them.
+        overrides: of other numbers of the recipe.
     """
     left_out = dict.fromkeys(volume.subject for volume in (*scored, *others))
     names = ", ".join(["background: 0", *(f"structure {i}: {i}" for i in range(1, classes))])
     numbers = [f"data.leave_out={json.dumps(list(left_out))}", f"data.budget={budget}", f"data.budget_seed={number}"]
     numbers += [f"data.classes={{{names}}}", f"seed={number}"]
-    numbers += [f"optimizer.learning_rate={rate}"]
+    numbers += [f"optimizer.learning_rate={rate}", *overrides]
     command = ["--config", ROOT / "ds_configs" / "ddp.json", "--recipe", RECIPE, "--encoder", encoder]
     command += ["--data", prepared, "--output", output, *numbers]
     shutil.rmtree(output, ignore_errors=True)  # of a run that was killed: it is short

@@ -222,7 +222,8 @@ def test_a_tiny_experiment_from_volumes_to_table(tmp_path):
     command += ["--arms", "untrained", "MAE + CVA misaligned", "--seeds", "1", "--test", "4", "--rates", "1e-3"]
     command += ["--finetune-arms", "untrained", "--finetune-budgets", "2", "--finetune-draws", "1"]
     command += ["--budgets", "1", "2", "--draws", "2", "--nsd-budgets", "2", "--place-budgets", "2"]
-    command += ["--finetune-rates", "1e-3"]
+    command += ["--finetune-rates", "1e-3", "--finetune-numbers", "train.steps=2", "train.warmup_steps=0"]
+    command += ["run.checkpoint_every=2"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert first.returncode == 0, first.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -256,7 +256,7 @@ def test_other_frames_are_other_data_to_the_runs_that_use_them(ready, tmp_path, 
     folder = tmp_path / "ready"
     shutil.copytree(ready.manifest.folder, folder)
     monkeypatch.setattr(run_data, "from_main_rank", lambda _, make: make())
-    launch = SimpleNamespace(streams=False, data=folder, prepared=None, resume=True, labels=None)
+    launch = SimpleNamespace(targets=None, streams=False, data=folder, prepared=None, resume=True, labels=None)
     recipe = load_recipe(DEMO, TINY, CVARecipe)
     with_frames = load_recipe(DEMO, TINY, WithFrames)
     print_nothing = lambda _: None  # noqa: E731

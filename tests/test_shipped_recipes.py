@@ -12,7 +12,7 @@ DEMO_VOXELS = 2 * 40**3  # of the demo of CVA, a volume
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 OF_DATA = {  # script: what a recipe leaves to the data
     "finetune": ["data.classes={background: 0, one: 1, two: 2}"],
-    "finetune_volumes": ["data.classes=[no, yes]"],
+    "finetune_volumes": ["data.classes=['no', 'yes']"],
 }
 
 

@@ -13,6 +13,7 @@ from models.architectures import fine_tuned
 from models.warm_start import find
 from models.weight_files import read_json
 from training.preparation import is_prepared
+from training.run_folder import RunFolder
 
 OF_DATA = ("orientation", "spacing", "intensity", "intensity_of_ct", "channels")
 OF_VIEWS = ("crop_size", "coarsest_last")
@@ -40,6 +41,8 @@ def numbers_of_encoder(source: str) -> list[str]:
     Raises:
         ValueError: if there is none, or it is no encoder of this project.
     """
+    if RunFolder(Path(source)).model.is_dir():
+        raise ValueError(f"{source}: it is a run that fine-tunes: give the encoder that it was fine-tuned from")
     file = find(source)
     places = [folder / "config.json" for folder in (file.parent / "encoder", file.parent)]  # the former: of a run
     path = next((place for place in places if place.is_file()), None)

@@ -293,6 +293,8 @@ def test_a_run_leaves_a_model_and_scores_of_the_cases_left_out(plain, encoders, 
         predict.main(predict.parse_arguments([str(encoders["resenc"]), *given[1:]]))
     with pytest.raises(ValueError, match="give the encoder that it was fine-tuned from"):
         finetune.main(arguments("--encoder", plain / "model", "--data", labelled))
+    with pytest.raises(ValueError, match="a run that fine-tunes: give the encoder that it was fine-tuned from"):
+        finetune.main(arguments("--encoder", plain, "--data", labelled))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ drawn at random, which never are those of T1 but by chance. Synthetic images of 
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter, zoom
 from scipy.spatial.transform import Rotation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.command_line import run as run_script
 
 SIZE, SPACING = 56, 1.5  # voxels of a box on each axis; mm
 TURN, ZOOM, SHIFT = 15, 0.1, 15  # degrees; logarithm of sizes; mm from a voxel of the brain to the middle of a box
@@ -93,19 +98,20 @@ def save(voxels: np.ndarray, path: Path) -> None:
     nib.save(nib.Nifti1Image(voxels, np.diag([SPACING] * 3 + [1])), path)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--maps", type=Path, required=True, help="folder with *.nii.gz of labels, and priors/")
     add("--output", type=Path, required=True)
     add("--boxes", type=int, default=10, help="of each head, labelled and unlabelled each (%(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main(asked: argparse.Namespace) -> None:
-    priors, paths = read_priors(asked.maps / "priors"), sorted(asked.maps.glob("*.nii*"))
-    if not paths:
-        raise SystemExit(f"{asked.maps}: no label maps")
+    paths = sorted(asked.maps.glob("*.nii*"))
+    if not paths or not (asked.maps / "priors").is_dir():
+        raise ValueError(f"--maps {asked.maps}: it must hold label maps (.nii, .nii.gz) and SynthSeg's priors/")
+    priors = read_priors(asked.maps / "priors")
     largest = max(priors.labels.max(), *map(max, STRUCTURES.values()))
     to_structure = np.zeros(largest + 1, np.uint8)
     for number, values in enumerate(STRUCTURES.values(), 1):
@@ -128,4 +134,4 @@ def main(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    run_script(__file__, lambda: main(parse_arguments()))

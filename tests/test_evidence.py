@@ -95,7 +95,7 @@ def test_a_probe_that_is_told_the_place_knows_it_besides_the_features():
     assert placed.labels is alone.labels
 
 
-def test_heads_are_drawn_with_a_structure_where_its_label_is(tmp_path, monkeypatch):
+def test_heads_are_drawn_with_a_structure_where_its_label_is(tmp_path):
     maps, size = tmp_path / "maps", 90
     (maps / "priors").mkdir(parents=True)
     heads = np.zeros((size,) * 3, np.int16)
@@ -106,9 +106,10 @@ def test_heads_are_drawn_with_a_structure_where_its_label_is(tmp_path, monkeypat
     numbers |= {"prior_means_t1": [[5, 200, 50], [1, 1, 1]], "prior_stds_t1": [[3, 3, 3], [1, 1, 1]]}
     for name, values in numbers.items():
         np.save(maps / "priors" / f"{name}.npy", np.array(values, float))
-    arguments = ["draw_heads.py", "--maps", str(maps), "--output", str(tmp_path / "heads"), "--boxes", "2"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    draw_heads.main(draw_heads.parse_arguments())
+    asked = ["--maps", str(maps), "--output", str(tmp_path / "heads"), "--boxes", "2"]
+    draw_heads.main(draw_heads.parse_arguments(asked))
+    with pytest.raises(ValueError, match="it must hold label maps"):
+        draw_heads.main(draw_heads.parse_arguments(["--maps", str(tmp_path), *asked[2:]]))
     for path in sorted((tmp_path / "heads" / "labelled" / "images").iterdir()):
         image, labels = (
             nib.load(tmp_path / "heads" / "labelled" / part / path.name).get_fdata() for part in ("images", "labels")

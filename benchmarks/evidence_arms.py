@@ -3,7 +3,9 @@
 import json
 import math
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -123,8 +125,18 @@ def apart(function: Callable, *arguments: Any) -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_when_left_alone) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _end_when_left_alone() -> None:
+    """Else a worker of an experiment that was killed would go on writing where the next one does."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _pretrain(name: str, network: str, overrides: list[str], data: Path, output: Path) -> dict:

@@ -175,7 +175,7 @@ def draw_curves(rows: Sequence[Row], baselines: Sequence[Row], path: Path) -> No
     names = list(dict.fromkeys(row.arm for row in (*rows, *baselines)))
     for axes, (network, how) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         there = [row for row in rows if (row.network, row.how) == (network, how)]
-        for row in [*there, *(baselines if how == "probe" else ())]:
+        for row in [*there, *(row for row in baselines if row.how == how)]:
             _draw(axes, row, names.index(row.arm), dashed=row in baselines)
         axes.set(title=f"{network}, {TITLES[how]}", xlabel="labelled volumes", xscale="log")
         ticks = sorted({budget for row in there for budget in row.scores["dice"]})

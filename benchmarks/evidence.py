@@ -62,7 +62,7 @@ from data.manifest import read_manifest
 from training.preparation import prepare_data
 
 PARTS = ("pretrain", "probe", "finetune", "report")
-CELLS_SECONDS, PROBE_SECONDS, FINETUNE_SECONDS = 20, 3, 60  # of features, of a fit and of a run: on one core, roughly
+CELLS_SECONDS, PROBE_SECONDS, FINETUNE_SECONDS = 20, 3, 90  # of features, of a fit and of a run: on one core, roughly
 
 
 class One(NamedTuple):

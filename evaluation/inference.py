@@ -38,15 +38,16 @@ def class_probabilities(
     axes, logits = _mirrored(mirror), None
     for flipped in axes:
         seen = sliding_window_inference(
-            padded[None].flip(flipped),
+            _flip(padded[None], flipped),
             tuple(crop_size),
             windows,
             lambda crops: model(crops).logits.float(),
             overlap,
             mode="gaussian",
-        ).flip(flipped)
+        )
+        seen = _flip(seen, flipped)
         logits = seen if logits is None else logits.add_(seen)
-    return (logits[0] / len(axes))[(slice(None), *inner)].softmax(dim=0)
+    return logits.div_(len(axes))[(0, slice(None), *inner)].softmax(dim=0)
 
 
 @torch.inference_mode()
@@ -96,6 +97,10 @@ def _padded(
     level = torch.tensor(padding, dtype=volume.dtype, device=volume.device)[:, None, None, None]
     inner = tuple(slice(n // 2, n // 2 + have) for n, have in zip(missing, size))
     return F.pad(volume - level, around) + level, inner
+
+
+def _flip(tensor: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    return tensor.flip(axes) if axes else tensor  # flip copies, along no axis too
 
 
 def _mirrored(mirror: bool) -> list[tuple[int, ...]]:

@@ -230,13 +230,13 @@ def test_the_summary_leaves_out_what_has_no_score():
 # --------------------------------------------------------------------------- whole runs
 
 
-def run(output, encoder, data, *more, strategy="ddp", ranks=1):
-    """A run of finetune.py, by several_runs.py where it has several ranks: only it has FSDP2 on a CPU."""
+def run(output, encoder, data, *more, strategy="ddp", ranks=1, script="finetune"):
+    """A run that fine-tunes, by several_runs.py where it has several ranks: only it has FSDP2 on a CPU."""
     given = ["--config", config(strategy), "--encoder", encoder, "--data", data, "--output", output, *more, *SHORT]
     if ranks == 1:
-        return launch(*given, script=ROOT / "finetune.py")
+        return launch(*given, script=ROOT / f"{script}.py")
     runs = output.with_suffix(".json")
-    runs.write_text(json.dumps([{"script": "finetune", "arguments": [str(argument) for argument in given]}]))
+    runs.write_text(json.dumps([{"script": script, "arguments": [str(argument) for argument in given]}]))
     launcher = [shutil.which("torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
     done = launch(runs, script=ROOT / "tests" / "several_runs.py", launcher=launcher)
     assert "run 0 exit 0" in done.stdout, done.stdout + done.stderr

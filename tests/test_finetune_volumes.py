@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, blobs, config, launch, prepared, save_nifti, whole_state
-from test_finetune import NETWORKS, SHORT, write_tiny_encoder
+from test_finetune import NETWORKS, SHORT, run, write_tiny_encoder
 
 import finetune
 import finetune_volumes
@@ -198,3 +198,19 @@ def test_a_run_leaves_a_model_that_predicts_is_published_and_goes_on(encoder, si
         finetune_volumes.main(
             arguments("--encoder", output / "model", "--data", sizes, "--targets", sizes / "table.csv")
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[], ["data.target=kind", "loss={name: cross_entropy, balanced: true}"]])
+def test_every_strategy_ends_alike(numbers, encoder, sizes, tmp_path):
+    given = [encoder, sizes, "--targets", sizes / "table.csv", "data.leave_out=[case_6.nii.gz]", *numbers]
+    found = {}
+    for strategy, ranks in (("ddp", 1), ("zero3", 2), ("fsdp2", 2)):
+        output = tmp_path / strategy
+        run(output, *given, strategy=strategy, ranks=ranks, script="finetune_volumes")
+        model = load_fine_tuned(output / "model").eval()
+        with torch.no_grad():
+            logits = model(torch.ones(1, 1, 32, 32, 32)).logits.flatten().tolist()
+        found[strategy] = [*(row["loss"] for row in read_metrics(output / "metrics.jsonl")), *logits]
+    for strategy in ("zero3", "fsdp2"):
+        assert found[strategy] == pytest.approx(found["ddp"], rel=1e-3, abs=1e-3)

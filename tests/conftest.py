@@ -82,6 +82,7 @@ TINY = [
     "heads.predictor_size=16",
     "train.steps=4",
     "train.batch_size=4",
+    "train.precision=fp32",
     "train.warmup_steps=1",
     "run.checkpoint_every=2",
     "run.workers=0",

@@ -36,7 +36,8 @@ NETWORKS = {
         "data.spacing=[1.0,1.0,1.0]",
     ],
 }
-SHORT = ["train.steps=4", "train.batch_size=4", "train.warmup_steps=1", "run.checkpoint_every=2", "run.workers=0"]
+SHORT = ["train.steps=4", "train.batch_size=4", "train.warmup_steps=1", "train.precision=fp32"]
+SHORT += ["run.checkpoint_every=2", "run.workers=0"]
 
 
 def write_tiny_encoder(network: str, folder: Path) -> torch.nn.Module:

@@ -4,11 +4,15 @@ import itertools
 import warnings
 
 import pytest
+import torch
+import yaml
 from conftest import PRIMUS, ROOT, TINY
 
 import train_cva
 from training import recipe as recipes
+from training import recipe_sections
 from training.facts import what_rounds_otherwise
+from training.precision import fastest_precision
 from training.recipe import differences
 from training.run_folder import choose_folder
 from training.schedules import learning_rate, teacher_momentum
@@ -156,6 +160,32 @@ def test_differences_leave_out_what_does_not_change_results(tmp_path):
         == []
     )
     assert differences(load_recipe(DEMO, ["seed=3"]), tmp_path / "recipe.yaml") == ["seed is 0 there and 3 here"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_is_chosen_once_and_kept(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_sections, "fastest_precision", lambda: precision)
+    chosen = load_recipe(DEMO, ["train.precision=auto"])
+    assert chosen.train.precision == precision
+    chosen.save(tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["train"]["precision"] == precision
+    other = {"bf16": "fp32", "fp32": "bf16"}[precision]
+    monkeypatch.setattr(recipe_sections, "fastest_precision", lambda: other)  # on another machine
+    assert differences(load_recipe(DEMO, ["train.precision=auto"]), tmp_path / "recipe.yaml") == [
+        f"train.precision is {precision} there and {other} here"
+    ]
+
+
+def test_precision_is_that_of_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert fastest_precision() == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert fastest_precision() == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert fastest_precision() == "fp32", "emulated, bf16 is slower"
 
 
 def test_accumulation_warns_where_it_is_not_the_batch_at_once():

@@ -39,6 +39,7 @@ TINY_SAL = [
     "model.drop_path_rate=0.2",
     "train.steps=4",
     "train.batch_size=4",
+    "train.precision=fp32",
     "train.warmup_steps=1",
     "run.checkpoint_every=2",
     "run.workers=0",

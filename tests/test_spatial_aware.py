@@ -45,6 +45,7 @@ TINY_SPATIAL_AWARE = [
     "heads={trunk_size: 16, embedding_size: 8, gap_size: 16, part_size: 8, parts: 2}",
     "train.steps=4",
     "train.batch_size=4",
+    "train.precision=fp32",
     "train.warmup_steps=1",
     "run.checkpoint_every=2",
     "run.workers=0",

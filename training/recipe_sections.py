@@ -6,6 +6,8 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 
 from models.section import BelowOne, PositiveFloat, Section, Share, Size3, Weight
 
+from .precision import fastest_precision
+
 Angle = Annotated[float, Field(ge=0, le=180)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -230,10 +232,15 @@ class Train(Section):
     steps: PositiveInt
     batch_size: PositiveInt  # volumes a step over all ranks
     accumulate: PositiveInt  # micro-batches a step, one after the other
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "auto"]  # auto is never kept: it becomes what this machine is faster in
     warmup_steps: Annotated[int, Field(ge=0)]
     decay_power: Weight  # lr * (1 - progress) ** power after the warm-up
     clip_norm: PositiveFloat
+
+    @field_validator("precision")
+    @classmethod
+    def _of_this_machine(cls, precision):
+        return fastest_precision() if precision == "auto" else precision
 
     @model_validator(mode="after")
     def _divides(self):

@@ -19,6 +19,13 @@ bundle. A bundle holds config.json, model.safetensors and the code for `AutoMode
 `AutoImageProcessor`, the model card, with the scores of a fine-tuned model, and of an encoder checkpoint_final.pth,
 adaptation_plan.json and nnunet_plans.json where nnU-Net has such a network.
 
+Weights of others (nnssl, OpenMind, SSL3D, nnFoundation, an encoder of nnU-Net's networks) become such a bundle too:
+
+    python publish.py checkpoint_final.pth --to FOLDER --license cc-by-sa-4.0 --source "where they come from"
+
+A file, a folder with checkpoint_final.pth, or ORG/NAME[@REVISION] of the Hub. How volumes were prepared is read from
+its adaptation_plan.json; without one, name --spacing, --orientation, --intensity, and --crop-size if nothing tells it.
+
 `--weights student` (the default) is what the published results were measured with; `--weights teacher` is its moving
 average, which has seen whole, unmasked crops.
 """
@@ -39,7 +46,14 @@ from transformers import PreTrainedModel
 
 from finetuning.segmentation_card import segmentation_card
 from finetuning.whole_volume_card import whole_volume_card
-from models import ImageClassificationModel, SegmentationModel, architecture, load_encoder, load_fine_tuned
+from models import (
+    ImageClassificationModel,
+    SegmentationModel,
+    architecture,
+    load_encoder,
+    load_fine_tuned,
+)
+from models.adaptation_plans import PLAN
 from models.conversion import reference_names
 from models.nnunet import adaptation_plan, checkpoint, fresh_decoder, released_plans
 from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
@@ -55,6 +69,7 @@ from training.export import (
     write_encoder,
     write_model,
 )
+from training.foreign import Told, convert, foreign_file
 from training.model_card import model_card, nnunet_section
 from training.run_folder import RunFolder
 
@@ -62,7 +77,7 @@ FINE_TUNED = {  # transformers' class for such models, and what writes their car
     SegmentationModel: (FOR_SEGMENTATION, segmentation_card),
     ImageClassificationModel: (FOR_WHOLE_VOLUMES, whole_volume_card),
 }
-PLAN = "adaptation_plan.json"
+OF_FOREIGN = ("described", *Told._fields, "init_token_order")  # arguments that only weights of others have
 RELEASED_PLANS = "nnunet_plans.json"
 BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
     "LICENSE",
@@ -88,10 +103,20 @@ BUNDLE = {  # and the modelling files; some have nothing for nnU-Net
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_OR_FOLDER")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FOLDER_OR_WEIGHTS")
     parser.add_argument("--to", required=True, metavar="FOLDER|hub:ORG/NAME", help="where the bundle goes")
     parser.add_argument("--weights", dest="network", choices=["student", "teacher"], help="of a run (default: student)")
     parser.add_argument("--license", help="of the weights, by its SPDX name, for the model card")
+    foreign = parser.add_argument_group("weights of others", "what their plan, if they have one, does not say")
+    foreign.add_argument("--source", dest="described", metavar="TEXT", help="where they come from, for the model card")
+    foreign.add_argument("--spacing", nargs="+", metavar="MM", help="three numbers, or native: volumes keep their own")
+    foreign.add_argument(
+        "--orientation", metavar="AXES", help="such as RAS, or SAR as nnU-Net reads files stored as RAS"
+    )
+    foreign.add_argument("--intensity", nargs="+", metavar="RULE", help="such as box, or percentile low=0.5 high=99.5")
+    foreign.add_argument("--crop-size", nargs=3, metavar="VOXELS", help="of their pretraining")
+    order = "how a Primus numbers its tokens, where its trainer does not tell"
+    foreign.add_argument("--init-token-order", choices=["xyz", "yxz"], help=order)
     parser.add_argument("--public", action="store_true", help="make the repository one that everyone sees")
     return parser.parse_args(arguments)
 
@@ -139,6 +164,21 @@ def read_source(source: Path, network: str | None) -> tuple[PreTrainedModel, dic
         encoder.load_state_dict(teacher)
         facts["network"] = "teacher"
     return encoder, facts, (below(tensors, "student.decoder.") or None) if has_decoder else None
+
+
+def read_foreign_source(
+    arguments: argparse.Namespace, file: Path, network: str | None
+) -> tuple[PreTrainedModel, dict, dict | None]:
+    """As `read_source`, of weights of others."""
+    if network:
+        raise ValueError(f"{arguments.source}: weights of others have no teacher here: leave --weights out")
+    if not arguments.license:
+        raise ValueError(f"{arguments.source}: weights of others: say their licence, such as --license cc-by-sa-4.0")
+    told = Told(arguments.spacing, arguments.orientation, arguments.intensity, arguments.crop_size)
+    order = arguments.init_token_order
+    *found, words = convert(str(arguments.source), file, told, arguments.license, arguments.described, order)
+    print(f"read        {words}")
+    return tuple(found)
 
 
 def bundled_decoder(folder: Path, encoder: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -253,14 +293,23 @@ def upload(folder: Path, repo_id: str, public: bool, model: PreTrainedModel) -> 
 
 def main(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed to save, which would speak up
-    if folder := fine_tuned_folder(arguments.source):
+    folder = fine_tuned_folder(arguments.source)
+    file = None if folder else foreign_file(arguments.source)
+    if file is None and any(getattr(arguments, name) for name in OF_FOREIGN):
+        raise ValueError(
+            f"{arguments.source}: is of this project, and says itself what --source, --spacing, --orientation, "
+            "--intensity, --crop-size and --init-token-order say of weights of others: leave them out"
+        )
+    if folder:
         if arguments.network:
             raise ValueError(f"{arguments.source}: a fine-tuned model has no teacher: leave --weights out")
         model = load_fine_tuned(folder)
         write = partial(write_fine_tuned, model, read_json(folder / OF_FINE_TUNING), arguments.to, arguments.license)
     else:
-        model, facts, decoder = read_source(arguments.source, arguments.network)
-        write = partial(write_bundle, model, facts, decoder, arguments.to, arguments.license)
+        read = partial(read_foreign_source, arguments, file) if file else partial(read_source, arguments.source)
+        model, facts, decoder = read(arguments.network)
+        license = arguments.license or (facts.get("converted") or {}).get("license")  # of weights of others
+        write = partial(write_bundle, model, facts, decoder, arguments.to, license)
     if arguments.to.startswith("hub:"):
         repo_id = arguments.to.removeprefix("hub:")
         with TemporaryDirectory() as scratch:

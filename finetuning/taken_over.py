@@ -10,7 +10,7 @@ from data.labels import Classes, classes_of, find_dataset, labelled_rows, read_c
 from data.manifest import FOR_RUNS, LABELS, read_manifest
 from models import architecture
 from models.architectures import fine_tuned
-from models.warm_start import find
+from models.warm_start import configuration_of, find
 from models.weight_files import read_json
 from training.preparation import is_prepared
 from training.run_folder import RunFolder
@@ -43,9 +43,7 @@ def numbers_of_encoder(source: str) -> list[str]:
     """
     if RunFolder(Path(source)).model.is_dir():
         raise ValueError(f"{source}: it is a run that fine-tunes: give the encoder that it was fine-tuned from")
-    file = find(source)
-    places = [folder / "config.json" for folder in (file.parent / "encoder", file.parent)]  # the former: of a run
-    path = next((place for place in places if place.is_file()), None)
+    path = configuration_of(find(source))
     if path is None:
         return []
     numbers = read_json(path)

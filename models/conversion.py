@@ -12,6 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import ARCHITECTURES, architecture, names_in_nnunet
 
+KEYS_OF_ENCODER = ("key_to_encoder", "key_to_stem")  # of a plan: what the names of its tensors begin with
+NO_USE = "neither encoder nor reconstruction decoder"
 DECODERS = ("decoder.", "patch_decoder.", "mask_token", "mask_embedding")  # of the student: wanted, but not required
 
 
@@ -54,6 +56,7 @@ def from_reference(
     config: PretrainedConfig,
     token_order: str = "xyz",
     image_size: tuple[int, ...] | None = None,
+    key_to_stem: str | None = None,
 ) -> Conversion:
     """Find our tensors in a state dict of nnssl or nnU-Net.
 
@@ -64,13 +67,22 @@ def from_reference(
         token_order: "xyz", or "yxz" for Primus checkpoints whose tokens run over the second axis first, as in
             nnssl's own masked autoencoders: position embedding and rotary channels are rearranged, exactly.
         image_size: crop of their pretraining, where it is not ours: the position embedding is resized.
+        key_to_stem: see `unwrapped`.
 
     Raises:
-        ValueError: if a tensor of the encoder is missing or of another shape; the decoder's may be.
+        ValueError: if a tensor of the encoder is missing, of another shape, or has no place in ours; the decoder's may
+            be or have.
     """
-    prefix = reference_prefix(theirs, config.model_type)
-    names = {name: [prefix + n for n in reference_names(name, config)] for name in wanted}
-    found = select(theirs, names, wanted, config, image_size)
+    inside, outside = unwrapped(theirs, config.model_type, key_to_stem)
+    names = {name: reference_names(name, config) for name in wanted}
+    found = select(inside, names, wanted, config, image_size)
+    parts = [names_in_nnunet(config.model_type).keys[key] for key in KEYS_OF_ENCODER]
+    if lost := [name for name in found.left if name.startswith(tuple(f"{part}." for part in parts))]:
+        raise ValueError(
+            f"these weights are not for this encoder: {len(lost)} of their encoder's tensors have no place in it "
+            f"({', '.join(lost[:3])})"
+        )
+    found.left |= dict.fromkeys(outside, NO_USE)
     if token_order == "yxz":
         found.weights = names_in_nnunet(config.model_type).from_yxz(found.weights, config, image_size)
         found.changed.append("tokens reordered from yxz to xyz")
@@ -104,29 +116,62 @@ def select(
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"these weights are not for this encoder: {'; '.join(problems[:3])}{more}")
     read = {n for name in found.weights for n in names[name]}
-    found.left |= {
-        n: "neither encoder nor reconstruction decoder" for n in theirs if n not in read and n not in found.left
-    }
+    found.left |= {n: NO_USE for n in theirs if n not in read and n not in found.left}
     return found
 
 
-def reference_prefix(theirs: dict[str, torch.Tensor], model_type: str) -> str:
-    """What stands before the reference's names: nothing, or a wrapper's name.
+def unwrapped(
+    theirs: dict[str, torch.Tensor], model_type: str, key_to_stem: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of one network under the names of the reference, without a wrapper's, and those outside of it.
+
+    Args:
+        theirs: of a whole network or of its encoder alone, behind any prefix, such as `module.` or `student.`.
+        key_to_stem: what a plan of theirs calls the stem; it chooses where there are several encoders.
 
     Raises:
-        ValueError: if the file holds no encoder of this type under their names, or several.
+        ValueError: if there is no encoder of this type, or several.
     """
-    anchor = names_in_nnunet(model_type).anchor
-    prefixes = {n.removesuffix(anchor) for n in theirs if n.endswith(anchor) and not n.endswith("decoder." + anchor)}
-    prefixes = {p for p in prefixes if not p or p.endswith(".")}
-    if "" in prefixes or len(prefixes) == 1:
-        return "" if "" in prefixes else prefixes.pop()
+    names = names_in_nnunet(model_type)
+    wholes = {n.removesuffix(names.anchor) for n in theirs if n.endswith(names.anchor)}
+    wholes = {p for p in wholes if (not p or p.endswith(".")) and not f".{p}".endswith(".decoder.encoder.")}
+    if len(wholes) > 1 and key_to_stem:
+        stem = names.keys["key_to_stem"].removeprefix(names.root)
+        wholes = {p for p in wholes if f"{p}{stem}" == key_to_stem} or wholes
+    if len(wholes) > 1:  # the network itself, before what hangs on to it
+        wholes = {p for p in wholes if p == names.root} or wholes
+    if len(wholes) > 1:
+        raise ValueError(f"the file holds several encoders ({', '.join(sorted(wholes))}): keep one of them")
+    if not wholes:
+        raise ValueError(_without_encoder(theirs, model_type))
+    (prefix,) = wholes
+    whole = f".{prefix}".endswith(f".{names.root}")
+    prefix = prefix.removesuffix(names.root) if whole else prefix
+    inside, outside, parts = {}, {}, [names.keys[key].removeprefix(names.root) for key in KEYS_OF_ENCODER]
+    for name, tensor in theirs.items():
+        ours = name.removeprefix(prefix)
+        if not whole and ours.startswith(tuple(f"{part}." for part in parts)):
+            ours = names.root + ours
+        (inside if name.startswith(prefix) else outside)[ours] = tensor
+    return inside, outside
+
+
+def _without_encoder(theirs: dict[str, torch.Tensor], model_type: str) -> str:
+    """Why there is no encoder of a type in a file, and what is."""
     for other, row in ARCHITECTURES.items():
         if other != model_type and row.nnunet and any(name.endswith(row.nnunet.anchor) for name in theirs):
-            raise ValueError(f"these are the weights of a {other}, our encoder is a {model_type}")
-    if prefixes:
-        raise ValueError(f"the file holds several encoders ({', '.join(sorted(prefixes))}): keep one of them")
-    raise ValueError(f"no {model_type} encoder in the file: 0 tensors would be loaded (looked for {anchor})")
+            return f"these are the weights of a {other}, our encoder is a {model_type}: take a recipe of a {other}"
+    looked = f"no {model_type} encoder in the file: 0 tensors would be loaded (looked for "
+    return f"{looked}{names_in_nnunet(model_type).anchor}){what_is_there(theirs)}"
+
+
+def what_is_there(theirs: dict[str, torch.Tensor]) -> str:
+    """The end of a sentence that says that something is not."""
+    if not theirs:
+        return "; it holds no tensors under names"
+    parts = list(dict.fromkeys(name.split(".")[0] for name in theirs))
+    named = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return f"; it holds {len(theirs)} tensors of {named}: give the file that the encoder is in"
 
 
 def _fit(

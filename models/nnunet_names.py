@@ -18,7 +18,7 @@ Weights = dict[str, torch.Tensor]
 class NnunetNames(NamedTuple):
     """Of one architecture; a function takes our configuration."""
 
-    anchor: str  # a tensor that is in each of their checkpoints, and in those of no other architecture
+    anchor: str  # a tensor that is in each of their encoders, and in those of no other architecture
     tensor: Callable[[str, PretrainedConfig], list[str]]  # all names of one of ours, see `reference_names`
     network: Callable[[PretrainedConfig], dict[str, Any]]  # their class, and its numbers unless the name implies them
     released: Callable[[PretrainedConfig], dict[str, Any]] | None  # the same for release 2.8.1, which loads it whole
@@ -27,6 +27,15 @@ class NnunetNames(NamedTuple):
     decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that the release loads
     from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
     idle: Callable[[PretrainedConfig], Weights]  # what a network to segment holds and does not use, under their names
+    root: str = ""  # what stands before `anchor` in their whole network, and not in an encoder alone
+    presets: dict[str, dict[str, Any]] = {}  # class that a plan names -> the numbers of ours that the name implies
+    told: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # numbers of ours, out of a plan's `arch_kwargs`
+    sizes: Callable[[Weights, dict[str, Any]], dict[str, Any]] | None = None  # out of tensors, and what a plan told
+
+
+def _count(weights: Weights, pattern: str) -> int:
+    """How many numbers stand in a place of the names."""
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
 # --------------------------------------------------------------------------- Primus
@@ -100,6 +109,37 @@ def _primus_network(config: PretrainedConfig) -> dict[str, Any]:
     return {"arch_class_name": "Primus", "arch_kwargs": numbers, "arch_kwargs_requiring_import": []}
 
 
+def _primus_told(numbers: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "hidden_size": ("embed_dim",),
+        "num_hidden_layers": ("encoder_eva_depth", "eva_depth"),
+        "num_attention_heads": ("encoder_eva_numheads", "eva_numheads"),
+        "patch_size": ("patch_embed_size",),
+    }
+    found = {ours: numbers[name] for ours, theirs in names.items() for name in theirs if name in numbers}
+    return {name: list(n) if isinstance(n, tuple) else n for name, n in found.items()}
+
+
+def _primus_sizes(weights: Weights, told: dict[str, Any]) -> dict[str, Any]:
+    kernels = weights["down_projection.proj.weight"]
+    size, layers = len(kernels), _count(weights, r"eva\.blocks\.(\d+)\.")
+    known = [n["num_attention_heads"] for n in PRIMUS_SIZES.values() if (size, layers) == tuple(n.values())[:2]]
+    heads = [told["num_attention_heads"]] if "num_attention_heads" in told else known
+    if not heads:
+        raise ValueError(
+            f"no tensor tells how many attention heads a Primus of {layers} layers and {size} channels has, and no "
+            "plan: put its adaptation_plan.json beside it"
+        )
+    sizes = {"hidden_size": size, "num_hidden_layers": layers, "num_attention_heads": heads[0]}
+    sizes |= {"patch_size": list(kernels.shape[2:]), "num_channels": kernels.shape[1]}
+    inner = weights.get("eva.blocks.0.mlp.fc1_g.weight")
+    if inner is not None and len(inner) != int(size * 8 / 3):
+        sizes["mlp_ratio"] = (len(inner) + 0.5) / size  # of which the whole part is taken
+    if "register_tokens" in weights:
+        sizes["num_register_tokens"] = weights["register_tokens"].shape[1]
+    return sizes
+
+
 PRIMUS = NnunetNames(
     anchor="down_projection.proj.weight",
     tensor=_primus_names,
@@ -115,6 +155,12 @@ PRIMUS = NnunetNames(
     decoder=None,
     from_yxz=_primus_from_yxz,
     idle=lambda config: {"mask_token": torch.zeros(1, 1, config.hidden_size)},
+    presets={
+        **{f"Primus{size}": {**numbers, "patch_size": [8, 8, 8]} for size, numbers in PRIMUS_SIZES.items()},
+        **{"Primus": {}, "PrimusX": {}},
+    },
+    told=_primus_told,
+    sizes=_primus_sizes,
 )
 
 # --------------------------------------------------------------------------- ResEnc
@@ -125,6 +171,9 @@ RESENC_L = {
     "depths": [1, 3, 4, 6, 6, 6],
     "norm_eps": 1e-5,
 }
+
+
+RESENC_LAYERS = {"conv_op": "Conv3d", "norm_op": "InstanceNorm3d", "nonlin": "LeakyReLU"}
 
 
 def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
@@ -188,8 +237,51 @@ def _layers_of_deep_supervision(config: PretrainedConfig) -> Weights:
     return layers
 
 
+def _resenc_told(numbers: dict[str, Any]) -> dict[str, Any]:
+    names = {"hidden_sizes": "features_per_stage", "depths": "n_blocks_per_stage", "strides": "strides"}
+    found = {ours: list(numbers[theirs]) for ours, theirs in names.items() if theirs in numbers}
+    if "strides" in found:
+        along = [{*stride} if isinstance(stride, (list, tuple)) else {stride} for stride in found["strides"]]
+        if any(len(values) > 1 for values in along):
+            raise ValueError(
+                f"its plan has strides {found['strides']}, which differ between axes: our ResEnc has one a stage, and "
+                "cannot be this network"
+            )
+        found["strides"] = [values.pop() for values in along]
+    for key, ours in RESENC_LAYERS.items():  # which no tensor tells
+        if not (numbers.get(key) or ours).endswith(ours):
+            raise ValueError(f"its plan has {key}={numbers[key]}, our ResEnc {ours}: it cannot be this network")
+    slope = (numbers.get("nonlin_kwargs") or {}).get("negative_slope", 0.01)
+    if slope != 0.01:
+        raise ValueError(f"its plan has a LeakyReLU of slope {slope}, our ResEnc of 0.01: it cannot be this network")
+    eps = (numbers.get("norm_op_kwargs") or {}).get("eps")
+    return found | ({} if eps is None else {"norm_eps": 1.0 * eps})
+
+
+def _resenc_sizes(weights: Weights, told: dict[str, Any]) -> dict[str, Any]:
+    """A stage that changes its channels shows whether it has a stride; the rest is as nnU-Net has it: 1, 2, 2, ..."""
+    first = "encoder.stages.{}.blocks.0.conv1.conv.weight"
+    stages = _count(weights, r"encoder\.stages\.(\d+)\.")
+    if missing := [first.format(n) for n in range(max(stages, 1)) if first.format(n) not in weights]:
+        raise ValueError(f"{missing[0]} is missing: it is no residual encoder, or not a whole one")
+    strides = list(told.get("strides") or [1, *[2] * (stages - 1)])
+    for stage in range(min(stages, len(strides))):
+        skip = f"encoder.stages.{stage}.blocks.0.skip"
+        if f"{skip}.0.conv.weight" in weights:
+            strides[stage] = 1
+        elif f"{skip}.1.conv.weight" in weights and strides[stage] == 1:  # behind the average pooling
+            strides[stage] = 2
+    return {
+        "num_channels": weights["encoder.stem.convs.0.conv.weight"].shape[1],
+        "hidden_sizes": [len(weights[first.format(stage)]) for stage in range(stages)],
+        "depths": [_count(weights, rf"encoder\.stages\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)],
+        "strides": strides,
+        "norm_eps": told.get("norm_eps", RESENC_L["norm_eps"]),
+    }
+
+
 RESENC = NnunetNames(
-    anchor="encoder.stem.convs.0.conv.weight",
+    anchor="stem.convs.0.conv.weight",
     tensor=_resenc_names,
     network=_resenc_network,
     released=_resenc_architecture,
@@ -203,4 +295,8 @@ RESENC = NnunetNames(
     decoder=unet_decoder,
     from_yxz=None,
     idle=_layers_of_deep_supervision,
+    root="encoder.",
+    presets={"ResEncL": RESENC_L, "NoSkipResEncL": RESENC_L, "ResidualEncoderUNet": {}},
+    told=_resenc_told,
+    sizes=_resenc_sizes,
 )

@@ -1,4 +1,4 @@
-"""Start from weights that exist: our own encoders and runs, nnssl / OpenMind checkpoints, nnU-Net's format."""
+"""Start from weights that exist: our own encoders and runs, and those of others, see adaptation_plans.py."""
 
 import re
 import warnings
@@ -10,8 +10,9 @@ from huggingface_hub import list_repo_files, snapshot_download
 from torch import nn
 from transformers import PretrainedConfig
 
+from .adaptation_plans import PLAN, read_plan
 from .architectures import ARCHITECTURES, architecture, fine_tuned
-from .conversion import DECODERS, Conversion, from_reference, reference_prefix, select
+from .conversion import DECODERS, Conversion, from_reference, select, unwrapped
 from .weight_files import checksum, read_json, read_weights
 
 RUN_WEIGHTS = "pretraining.safetensors"  # a run's whole composite: student, teacher, heads
@@ -20,7 +21,7 @@ NNUNET_CHECKPOINT = "checkpoint_final.pth"
 FILES = (RUN_WEIGHTS, ENCODER_WEIGHTS, f"{ENCODER_WEIGHTS}.index.json", f"encoder/{ENCODER_WEIGHTS}", NNUNET_CHECKPOINT)
 # trainers whose Primus numbers its tokens with the first axis slowest, and with the second
 XYZ_TRAINERS = ("Aligned", "ConMAE", "ConsistentViewAlignment", "Gram", "SimMIM")
-YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva")
+YXZ_TRAINERS = ("BaseEvaMAE", "EvaMAE", "VoCoEva", "nnFoundationViT")
 
 AXES_OF_NNUNET = "SAR"  # of a file stored as RAS, which nnU-Net, nnssl and OpenMind read as [Z, Y, X]
 
@@ -51,9 +52,9 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
     encoder.load_state_dict({name: w for name, w in found.weights.items() if not name.startswith(DECODERS)})
     rest = {name: w for name, w in found.weights.items() if name.startswith(DECODERS)}
     student.load_state_dict(rest, strict=False)
-    foreign = _ours(weights, architecture(encoder.config.model_type).input_weight) is None
+    foreign = under_our_names(weights, architecture(encoder.config.model_type).input_weight) is None
     _warn_of_other_axes(source, about["orientation"] or (AXES_OF_NNUNET if foreign else None), encoder.config)
-    return _report(path, found, rest.keys(), wanted.keys())
+    return report(path, found, rest.keys(), wanted.keys())
 
 
 def _warn_of_other_axes(source: str, theirs: str | None, config: PretrainedConfig) -> None:
@@ -79,20 +80,22 @@ def _convert(
         raise ValueError(f"it is a {told}, our encoder is a {config.model_type}")
     if about["fine_tuned"]:
         raise ValueError(f"it is a {about['fine_tuned']}: give the encoder that it was fine-tuned from")
-    ours, has_tokens = _ours(weights, row.input_weight), row.nnunet is not None and row.nnunet.from_yxz is not None
+    ours = under_our_names(weights, row.input_weight)
+    has_tokens = row.nnunet is not None and row.nnunet.from_yxz is not None
     if ours is not None:
         names = {name: [name, f"patch_{name}"] for name in wanted}  # pretraining has decoder and patch_decoder
         found = select(ours, names, wanted, config, about["image_size"])
     else:
-        reference_prefix(weights, config.model_type)  # before a question about something that is not there
-        order = (token_order or about["token_order"] or _token_order(about["trainer_name"])) if has_tokens else "xyz"
-        found = from_reference(weights, wanted, config, order, about["image_size"])
+        stem = about["key_to_stem"]
+        unwrapped(weights, config.model_type, stem)  # before a question about something that is not there
+        order = (token_order or about["token_order"] or token_order_of(about["trainer_name"])) if has_tokens else "xyz"
+        found = from_reference(weights, wanted, config, order, about["image_size"], stem)
     if token_order and (ours is not None or not has_tokens):
         found.changed.append("nothing for --init-token-order: the order of these tokens is known")
     return found
 
 
-def _ours(weights: dict[str, torch.Tensor], input_weight: str) -> dict[str, torch.Tensor] | None:
+def under_our_names(weights: dict[str, torch.Tensor], input_weight: str) -> dict[str, torch.Tensor] | None:
     """The weights under the names that our encoder and student use, if they are ours."""
     anchors = [name for name in weights if f".{name}".endswith(f".{input_weight}") and "teacher." not in name]
     if not anchors:
@@ -102,7 +105,8 @@ def _ours(weights: dict[str, torch.Tensor], input_weight: str) -> dict[str, torc
     return {n.removeprefix(prefix).removeprefix(student): w for n, w in weights.items() if "teacher." not in n}
 
 
-def _token_order(trainer: str) -> str:
+def token_order_of(trainer: str) -> str:
+    """How a trainer of nnssl numbers the tokens of a Primus; ValueError if that is not known of it."""
     if trainer.startswith(XYZ_TRAINERS):
         return "xyz"
     if trainer.startswith(YXZ_TRAINERS):
@@ -159,7 +163,7 @@ def _from_hub(source: str) -> Path:
     try:
         present = list_repo_files(**repo)
         name = next((file for file in FILES if file in present), None)
-        wanted = ["config.json", name, "model-*.safetensors"] if name else ["config.json"]
+        wanted = ["config.json", PLAN, name, "model-*.safetensors"] if name else ["config.json"]
         return Path(snapshot_download(**repo, allow_patterns=wanted))
     except Exception as error:  # the network's errors differ from one client to the next
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -172,38 +176,41 @@ def _from_hub(source: str) -> Path:
 
 
 def _about(path: Path, content: dict) -> dict:
-    """What a checkpoint, or the configuration beside it, says of itself: trainer, order of tokens, crop, model type."""
-    trainer = content.get("trainer_name")
-    about = {"trainer_name": trainer if isinstance(trainer, str) else "", "image_size": None, "orientation": None}
-    order = content.get("token_order")  # only ours say it
-    about["fine_tuned"] = None
-    about["token_order"] = order if order in ("xyz", "yxz") else None
-    plan = _dict(content.get("nnssl_adaptation_plan"))
-    configurations = _dict(_dict(plan.get("pretrain_plan")).get("configurations"))
-    sizes = [plan.get("pretrain_patch_size")]  # the plan's own word counts more, as in nnU-Net
-    sizes += [_dict(configuration).get("patch_size") for configuration in list(configurations.values())[:1]]
-    beside = (path.parent / "config.json", path.parent / "encoder" / "config.json")  # the latter: in a run
-    for file in beside:
-        if file.is_file():
-            known = read_json(file)
-            orientation = _dict(known.get("preprocessing")).get("orientation")
-            about["orientation"] = orientation if isinstance(orientation, str) else None
-            model = fine_tuned(known)
-            about["fine_tuned"] = model and model.__name__
-            if not content:
-                sizes.append(known.get("image_size"))
-                if isinstance(known.get("model_type"), str):
-                    about["model_type"] = known["model_type"]
-            break
-    valid = [size for size in sizes if isinstance(size, (list, tuple)) and [type(n) for n in size] == [int] * 3]
-    return about | {"image_size": valid[0] if valid else None}
+    """What a checkpoint, and plan or configuration beside it, say: trainer, order of tokens, crop, model type."""
+    plan = read_plan(path, content)
+    about = {"trainer_name": plan.trainer, "key_to_stem": plan.key_to_stem, "orientation": None, "fine_tuned": None}
+    about["token_order"] = plan.token_order
+    sizes = [*plan.crops]
+    if file := configuration_of(path):
+        known = read_json(file)
+        orientation = _dict(known.get("preprocessing")).get("orientation")
+        about["orientation"] = orientation if isinstance(orientation, str) else None
+        model = fine_tuned(known)
+        about["fine_tuned"] = model and model.__name__
+        if not content:
+            size = known.get("image_size")
+            valid = isinstance(size, list) and [type(n) for n in size] == [int] * 3
+            sizes += [size] if valid else []
+            if isinstance(known.get("model_type"), str):
+                about["model_type"] = known["model_type"]
+    return about | {"image_size": sizes[0] if sizes else None}
+
+
+def configuration_of(file: Path) -> Path | None:
+    """The config.json of ours that tells of a file of weights; beside a `.pth` of others lies one that says nothing."""
+    places = (file.parent / "encoder" / "config.json", file.parent / "config.json")  # the former: in a run
+    for place in places:
+        if place.is_file() and (file.suffix != ".pth" or read_json(place).get("model_type") in [*ARCHITECTURES]):
+            return place
+    return None
 
 
 def _dict(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _report(path: Path, found: Conversion, decoders: set[str], wanted: set[str]) -> str:
+def report(path: Path, found: Conversion, decoders: set[str], wanted: set[str]) -> str:
+    """What was loaded from a file, changed and left, as text of a few lines."""
     count = sum(w.numel() for w in found.weights.values()) / 1e6
     of_decoder = f", {len(decoders)} of them the decoder's" if decoders else ", no decoder"
     lines = [f"{path}: {len(found.weights)} tensors, {count:.1f} M parameters{of_decoder}"]

@@ -29,8 +29,8 @@ def parse_arguments(manual: str, arguments: list[str] | None = None) -> argparse
     add(
         "--init-from",
         metavar="PATH_OR_HUB_ID",
-        help="start from these weights: an encoder, a run, or a checkpoint of nnssl / OpenMind (.pth, .safetensors), "
-        "or ORG/NAME[@REVISION] of the Hub",
+        help="start from these weights: an encoder, a run, or those of others (nnssl, OpenMind, nnFoundation; .pth, "
+        ".safetensors), or ORG/NAME[@REVISION] of the Hub",
     )
     add(
         "--evaluate-on",

@@ -9,6 +9,9 @@ from models.nnunet import CONFIGURATION, normalises_otherwise, turns_otherwise
 
 from .intensity_in_words import CTS, rules_of, steps_of
 
+PREPARED_SO = "with the code that prepared the training data"
+FOLLOWS = "with this project's code, which is not what prepared the training data"
+
 
 def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str | None = None, nnunet: str = "") -> str:
     """The text of the card.
@@ -25,22 +28,28 @@ def model_card(encoder: PreTrainedModel, facts: dict, where: str, license: str |
     named = f" with {method['name']}" if method.get("name") else ""
     *first, last = _dict(method.get("terms")).values() or [""]
     learned = f" by {', '.join(first)}{' and ' if first else ''}{last}" if last else ""
-    described = facts.get("data_description") or "its author has not said which"
+    converted = _dict(facts.get("converted"))
+    unknown = "see what its authors say of it" if converted else "its author has not said which"
+    described = facts.get("data_description") or unknown
     citations = [method["citation"]] if method.get("citation") else []
     data = ModelCardData(
         license=license,
         library_name="transformers",
-        tags=["medical-imaging", "3d", "self-supervised", *(["nnunet"] if nnunet else []), config.model_type],
+        tags=[
+            *("medical-imaging", "3d", *([] if converted else ["self-supervised"])),
+            *(["nnunet"] if nnunet else []),
+            config.model_type,
+        ],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {row.name} encoder, pretrained{named}",
+        f"# {row.name} encoder, {'weights of others' if converted else f'pretrained{named}'}",
         f"A 3D encoder ({row.kind}, {encoder.num_parameters() / 1e6:,.1f} M parameters) for medical volumes, "
-        f"pretrained without labels{learned}.",
+        f"{'trained by others and converted' if converted else f'pretrained without labels{learned}'}.",
         _use(encoder, where),
         nnunet,
-        preparation_section(config.preprocessing),
-        _training(facts),
+        preparation_section(config.preprocessing, FOLLOWS if converted else PREPARED_SO),
+        _conversion(converted) if converted else _training(facts),
         f"""## Intended use and limits
 
 For research: features, fine-tuning for segmentation, classification or regression of volumes like those it was trained
@@ -109,7 +118,7 @@ Other sizes than {times(roi)} work if they divide by the encoder's cells; `encod
 read n channels."""
 
 
-def preparation_section(steps: dict) -> str:
+def preparation_section(steps: dict, whose: str = PREPARED_SO) -> str:
     intensity, of_ct = rules_of(steps)
     crop, scale, padding = steps_of(intensity)
     of_cts = steps_of(of_ct) if of_ct else ""
@@ -126,13 +135,28 @@ def preparation_section(steps: dict) -> str:
     missing = "; a channel that is missing is 0" if channels else ""
     return f"""## Preparation of a volume
 
-The processor does this, in this order, with the code that prepared the training data:
+The processor does this, in this order, {whose}:
 
 1. Orientation {steps["orientation"]}.
 2. Crop to {crop}{together}.
 3. {scale[0].upper()}{scale[1:]}.
 4. {resample}.
 5. Crop to {times(steps["crop_size"])} voxels{last}; pad with {padding}{missing}.{cts}"""
+
+
+def _conversion(converted: dict) -> str:
+    """Whose weights these are, and who says what of them."""
+    file = f"`{converted.get('from', 'a file')}`"
+    file += f", of a network that its plan calls {converted['network']}" if converted.get("network") else ""
+    file += f", trained with {converted['trainer']}" if converted.get("trainer") else ""
+    words = [f"{file}. All tensors of its encoder are used: {', '.join(['renamed', *converted.get('changed', [])])}."]
+    if converted.get("source"):
+        words.append(f"Source, in the words of who converted it: {converted['source']}.")
+    said = ", ".join(f"{key} by {who}" for key, who in converted.get("said_by", {}).items())
+    words.append(f"The preparation above is as it was told ({said}); it was not compared with its authors' own code.")
+    if crop := converted.get("recommended_crop"):
+        words.append(f"Its plan recommends crops of {times(crop)} voxels for fine-tuning.")
+    return "## Where the weights come from\n\n" + "\n\n".join(words)
 
 
 def _training(facts: dict) -> str:

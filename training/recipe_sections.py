@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from models.section import BelowOne, PositiveFloat, Section, Share, Size3, Weight
 
@@ -54,6 +54,16 @@ class PercentileRule(Section):
         return self
 
 
+def _axes(orientation: str) -> str:
+    if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
+        raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
+    return orientation
+
+
+Orientation = Annotated[str, AfterValidator(_axes)]
+Spacing = tuple[PositiveFloat, PositiveFloat, PositiveFloat]  # mm
+
+
 class Streaming(Section):
     """Of a data set that is streamed into the run (--stream), see data/lanes.py; else nothing reads these."""
 
@@ -63,10 +73,9 @@ class Streaming(Section):
 
 
 class Data(Section):
-    orientation: str  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
+    orientation: Orientation  # axes of the prepared volumes: RAS, or SAR for the order in which nnU-Net reads them
     spacing: Annotated[
-        Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Tag("numbers")]
-        | Annotated[Literal["median", "native"], Tag("word")],
+        Annotated[Spacing, Tag("numbers")] | Annotated[Literal["median", "native"], Tag("word")],
         Discriminator(lambda value: "word" if isinstance(value, str) else "numbers"),
     ]  # mm; median: that of the data set; native: each volume keeps its own
     channels: list[Annotated[str, Field(min_length=1)]]  # modalities that are one sample, as [T1w, FLAIR]; [] for none
@@ -81,13 +90,6 @@ class Data(Section):
     ]  # null: as all others
     streaming: Streaming
     max_bad_share: Share  # more unusable files, or of the last 1,000 samples, than this stop the run
-
-    @field_validator("orientation")
-    @classmethod
-    def _axes(cls, orientation: str) -> str:
-        if sorted("RLAPSI".find(letter) // 2 for letter in orientation) != [0, 1, 2]:
-            raise ValueError(f"{orientation!r} must name each axis once: R or L, A or P, S or I, such as RAS")
-        return orientation
 
     @field_validator("channels")
     @classmethod

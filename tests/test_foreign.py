@@ -1,0 +1,454 @@
+"""Weights of others: how their files look, what becomes of them, what is refused. The reference networks write them."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, config, launch
+from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from safetensors.torch import save_file
+from test_finetune import SHORT, write_labelled
+from test_nnunet import assert_same_features, fine_tune_from
+from test_reference import difference, randomise, reference_primus, reference_resenc
+from test_warm_start import MaskedAutoencoder, primus_student, resenc_student
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
+
+import publish as script
+from benchmarks.evaluate_encoder import open_encoder
+from finetuning.taken_over import numbers_of_encoder
+from models import warm_start
+from models.warm_start import load_pretrained
+
+RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}  # as resenc_student has it
+BY_HAND = ["--spacing", "1", "1", "1.5", "--orientation", "RAS", "--intensity", "box", "--crop-size", "16", "16", "24"]
+
+
+def encoder_alone(channels=1, sizes=RESENC):
+    return randomise(
+        ResidualEncoder(
+            channels,
+            len(sizes["depths"]),
+            sizes["hidden_sizes"],
+            nn.Conv3d,
+            3,
+            sizes["strides"],
+            sizes["depths"],
+            True,
+            nn.InstanceNorm3d,
+            {"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+            return_skips=True,
+        )
+    )
+
+
+def resenc_arguments(sizes=RESENC):
+    """As nnssl and nnU-Net write them into plans."""
+    stages = len(sizes["depths"])
+    return {
+        "n_stages": stages,
+        "features_per_stage": sizes["hidden_sizes"],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[stride] * 3 for stride in sizes["strides"]],
+        "n_blocks_per_stage": sizes["depths"],
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+
+
+PRIMUS_ARGUMENTS = {
+    "input_channels": 1,
+    "embed_dim": 48,
+    "patch_embed_size": (8, 8, 8),
+    "input_shape": (24, 24, 16),
+    "encoder_eva_depth": 2,
+    "encoder_eva_numheads": 2,
+    "init_values": 0.1,
+    "scale_attn_inner": True,
+}
+
+
+def plan(network, arguments=None, patch_size=(16, 16, 16), **changes):
+    """An adaptation plan with the keys of MIC-DKFZ/nnssl, src/nnssl/adaptation_planning/adaptation_plan.py."""
+    preparation = {"spacing": None, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
+    preparation |= {"spacing_style": "noresample", "patch_size": list(patch_size)}
+    preparation |= {key: changes.pop(key) for key in [*changes] if key in preparation}
+    primus = network.startswith("Primus")
+    return {
+        "architecture_plans": {"arch_class_name": network, "arch_kwargs": arguments},
+        "pretrain_plan": {
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": changes.pop("transpose_forward", [0, 1, 2]),
+            "configurations": {"noresample": preparation},
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [32, 32, 32],
+        "key_to_encoder": "eva" if primus else "encoder.stages",
+        "key_to_stem": "down_projection" if primus else "encoder.stem",
+        "keys_to_in_proj": ["down_projection.proj" if primus else "encoder.stem.convs.0.conv"],
+        "key_to_lpe": "eva.pos_embed" if primus else None,
+        **changes,
+    }
+
+
+def released(folder, network, a_plan, beside=False, **content):
+    """As the models of MIC-DKFZ lie on the Hub, config.json included."""
+    folder.mkdir(exist_ok=True)
+    content |= {"network_weights": network.state_dict()} | ({} if beside else {"nnssl_adaptation_plan": a_plan})
+    torch.save(content, folder / "checkpoint_final.pth")
+    (folder / "config.json").write_text('{"library": "nnunetv2"}')
+    if beside:
+        (folder / "adaptation_plan.json").write_text(json.dumps(a_plan))
+    return folder
+
+
+def publish(source, folder, *arguments, license="cc-by-sa-4.0"):
+    words = [source, "--to", folder, *(["--license", license] if license else []), *arguments]
+    script.main(script.parse_arguments([str(word) for word in words]))
+    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@pytest.fixture
+def resenc(tmp_path):
+    network = reference_resenc(1, RESENC, classes=1)
+    a_plan = plan("ResidualEncoderUNet", resenc_arguments())
+    citations = [{"type": "Method", "name": "MAE", "apa_citations": ["Doe, J. (2026). A\n  method."]}]
+    return network, released(tmp_path / "theirs", network, a_plan, citations=citations)
+
+
+# --------------------------------------------------------------------------- --init-from
+
+
+@pytest.mark.parametrize("wrapper", [None, "network_weights", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.", "_orig_mod.", "module._orig_mod.encoder.", "backbone."])
+def test_an_encoder_alone_is_known_behind_any_prefix_and_wrapper(prefix, wrapper, tmp_path):
+    network, student = encoder_alone(), resenc_student()
+    weights = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    weights["head.weight"] = torch.zeros(3)
+    torch.save({wrapper: weights, "epoch": 3} if wrapper else weights, tmp_path / "e.pth")
+    report = load_pretrained(student, str(tmp_path / "e.pth"))
+    ours = len(student.features.encoder.state_dict())
+    assert f"{ours} tensors, 0.0 M parameters, no decoder" in report
+    assert "left: 1 of head, neither encoder nor reconstruction decoder" in report
+    crop = torch.randn(1, 1, 16, 16, 16)
+    stages = student.features.encoder(crop, output_hidden_states=True).hidden_states
+    assert all(difference(our, their) < 1e-5 for our, their in zip(stages, network(crop), strict=True))
+
+
+def test_the_plan_chooses_among_several_encoders(tmp_path):
+    networks = {name: encoder_alone() for name in ("online_encoder", "target_encoder")}
+    nn.init.zeros_(networks["target_encoder"].stem.convs[0].conv.weight)
+    weights = {f"{key}.{name}": w for key, network in networks.items() for name, w in network.state_dict().items()}
+    content = {"network_weights": weights, "nnssl_adaptation_plan": {"key_to_stem": "online_encoder.stem"}}
+    torch.save(content, tmp_path / "byol.pth")
+    student = resenc_student()
+    assert "of target_encoder" in load_pretrained(student, str(tmp_path / "byol.pth"))
+    assert torch.equal(student.features.encoder.stem.conv.weight, networks["online_encoder"].stem.convs[0].conv.weight)
+    torch.save(weights, tmp_path / "byol.pth")
+    with pytest.raises(ValueError, match=r"several encoders \(online_encoder\., target_encoder\.\)"):
+        load_pretrained(resenc_student(), str(tmp_path / "byol.pth"))
+
+
+def test_a_deeper_encoder_is_not_loaded_in_part(tmp_path):
+    network = encoder_alone(1, {**RESENC, "depths": [1, 2, 3]})
+    torch.save(network.state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match=r"of their encoder's tensors have no place in it \(encoder\.stages\.2"):
+        load_pretrained(resenc_student(), str(tmp_path / "deep.pth"))
+
+
+def test_the_plan_beside_the_weights_tells_trainer_and_crop(tmp_path):
+    """It is right where the one inside is not: PrimusM-OpenMind-VoCo saw 64^3, of the 256 x 256 x 64 that it names."""
+    network = randomise(MaskedAutoencoder((16, 32, 16), "xyz"))
+    inside = plan("PrimusX", PRIMUS_ARGUMENTS, (256, 256, 64))
+    folder = released(tmp_path / "x", network, inside)
+    beside = plan("PrimusX", PRIMUS_ARGUMENTS, (16, 32, 16), trainer_name="SimMIMEvaTrainer")
+    (folder / "fold_all").mkdir()
+    (folder / "checkpoint_final.pth").rename(folder / "fold_all" / "checkpoint_final.pth")  # as a run of nnssl has it
+    (folder / "adaptation_plan.json").write_text(json.dumps(beside))
+    report = load_pretrained(primus_student(), str(folder / "fold_all"))
+    assert "resized from (2, 4, 2) to (3, 3, 2)" in report
+
+
+def test_a_configuration_of_others_beside_the_weights_is_none_of_ours(resenc):
+    _, folder = resenc
+    assert numbers_of_encoder(str(folder)) == []  # the recipe must fit it
+    assert "of them the decoder's" in load_pretrained(resenc_student(), str(folder))
+
+
+# --------------------------------------------------------------------------- publish.py
+
+
+def test_a_released_resenc_becomes_a_folder_that_everything_takes(resenc, tmp_path, capsys):
+    network, theirs = resenc
+    encoder = publish(theirs, tmp_path / "ours", "--source", "MIC-DKFZ/nnFoundationCNN")
+    said = capsys.readouterr().out
+    for words in (
+        "spacing native (its plan)",
+        "orientation SAR (its plan, for files",
+        "intensity z-score",
+        "crop 16 x 16 x 16",
+    ):
+        assert words in said, words
+    assert "of them the decoder's" in said
+    crop = torch.randn(1, 1, 16, 24, 16)
+    with torch.no_grad():
+        ours = encoder(crop, output_hidden_states=True).hidden_states
+        assert all(difference(our, their) < 1e-5 for our, their in zip(ours, network.encoder(crop), strict=True))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    assert (processor.orientation, processor.spacing) == ("SAR", "native")
+    assert_same_features(fine_tune_from(tmp_path / "ours" / "checkpoint_final.pth"), encoder, crop[..., :16, :])
+    content = torch.load(tmp_path / "ours" / "checkpoint_final.pth", weights_only=True)
+    assert content["citations"][0]["apa_citations"] == ["Doe, J. (2026). A method"]
+    of_decoder = "decoder.transpconvs.0.weight"
+    assert torch.equal(content["network_weights"][of_decoder], network.state_dict()[of_decoder])
+
+    assert "data.spacing=native" in numbers_of_encoder(str(tmp_path / "ours"))
+    student = resenc_student()
+    load_pretrained(student, str(tmp_path / "ours"))
+    assert torch.equal(student.features.encoder.stem.conv.weight, encoder.stem.conv.weight)
+    assert open_encoder(str(tmp_path / "ours")).config.preprocessing["orientation"] == "SAR"
+
+
+def test_the_card_of_others_weights_claims_no_training_of_ours(resenc, tmp_path):
+    publish(resenc[1], tmp_path / "ours", "--source", "a lab's page")
+    card = (tmp_path / "ours" / "README.md").read_text()
+    for words in (
+        "license: cc-by-sa-4.0",
+        "The weights: cc-by-sa-4.0",
+        "trained by others and converted",
+        "a lab's page",
+        "`theirs/checkpoint_final.pth (sha256 ",
+        "a network that its plan calls ResidualEncoderUNet",
+        "with this project's code, which is not what prepared the training data",
+        "crops of 32 x 32 x 32 voxels for fine-tuning",
+        "Doe, J. (2026). A method. ResEnc: ",
+    ):
+        assert words in card, words
+    for words in (
+        "without labels",
+        "self-supervised",
+        "Recipe",
+        "Losses reached",
+        "its author has not said",
+        "with None",
+    ):
+        assert words not in card, words
+    publish(tmp_path / "ours", tmp_path / "again", license=None)  # which it knows by now
+    for name in ("README.md", "pretraining.json"):
+        again, before = ((tmp_path / at / name).read_text() for at in ("again", "ours"))
+        assert again.replace("again", "ours") == before, name
+
+
+@pytest.mark.parametrize("order", ["xyz", "yxz"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_released_primus_keeps_its_features(order, beside, tmp_path):
+    network = randomise(MaskedAutoencoder((24, 24, 16), order))
+    trainer = {"yxz": "nnFoundationViT_large_trainer", "xyz": None}[order]
+    a_plan = plan("PrimusX", PRIMUS_ARGUMENTS, (24, 24, 16), spacing=[1, 1, 2], transpose_forward=[2, 0, 1])
+    theirs = released(tmp_path / "theirs", network, a_plan | ({"trainer_name": trainer} if trainer else {}), beside)
+    encoder = publish(theirs, tmp_path / "ours", *([] if trainer else ["--init-token-order", order]))
+    assert encoder.config.image_size == [24, 24, 16]
+    assert encoder.config.preprocessing["orientation"] == "RSA"  # [Z, Y, X] of RAS, X first
+    assert encoder.config.preprocessing["spacing"] == [1.0, 1.0, 2.0]
+    crop = torch.randn(2, 1, 24, 24, 16)
+    with torch.no_grad():
+        ours = encoder(crop, stages=["stage2"]).feature_maps["stage2"]
+        assert difference(ours, network.encode(crop)) < 1e-5
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_without_a_plan_sizes_are_read_from_the_tensors(suffix, tmp_path):
+    sizes = {"hidden_sizes": [4, 6, 10, 10], "strides": [1, 2, 1, 2], "depths": [1, 3, 1, 2]}
+    network, path = encoder_alone(3, sizes), tmp_path / f"e.{suffix}"
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
+    encoder = publish(path, tmp_path / "ours", *BY_HAND)
+    assert encoder.config.num_channels == 3
+    assert {key: getattr(encoder.config, key) for key in sizes} == sizes
+    assert encoder.config.preprocessing["spacing"] == [1.0, 1.0, 1.5]
+    crop = torch.randn(1, 3, 16, 16, 24)
+    with torch.no_grad():
+        ours = encoder(crop, output_hidden_states=True).hidden_states
+        assert all(difference(our, their) < 1e-5 for our, their in zip(ours, network(crop), strict=True))
+
+
+def test_a_primus_without_a_plan_has_the_published_heads_and_a_cube(tmp_path):
+    network = reference_primus((16, 16, 16), 2, size=(396, 12, 6))
+    torch.save(network.state_dict(), tmp_path / "s.pth")
+    how = ["--spacing", "native", "--orientation", "LPS", "--intensity", "percentile", "low=0.5", "high=99.5"]
+    with pytest.raises(ValueError, match="--init-token-order"):
+        publish(tmp_path / "s.pth", tmp_path / "ours", *how)
+    encoder = publish(tmp_path / "s.pth", tmp_path / "ours", *how, "--init-token-order", "xyz")
+    assert (encoder.config.num_attention_heads, encoder.config.image_size) == (6, [16, 16, 16])
+    crop = torch.randn(1, 2, 16, 16, 16)
+    with torch.no_grad():
+        tokens, _ = network.eva(network.down_projection(crop).flatten(2).transpose(1, 2))
+        assert difference(encoder(crop).last_hidden_state, tokens) < 1e-5
+
+
+def test_a_name_of_the_hub_is_taken_and_told(resenc, tmp_path, monkeypatch):
+    _, theirs = resenc
+    snapshot = tmp_path / "models--lab--cnn" / "snapshots" / "c0ffee"
+    snapshot.parent.mkdir(parents=True)
+    theirs.rename(snapshot)
+    (snapshot / "adaptation_plan.json").write_text(json.dumps(plan("ResidualEncoderUNet", resenc_arguments())))
+    monkeypatch.setattr(warm_start, "list_repo_files", lambda **repo: [file.name for file in snapshot.iterdir()])
+
+    def downloaded(repo_id, revision, allow_patterns):
+        assert (repo_id, revision) == ("lab/cnn", "v1")
+        assert {"checkpoint_final.pth", "adaptation_plan.json"} <= {*allow_patterns}
+        return snapshot
+
+    monkeypatch.setattr(warm_start, "snapshot_download", downloaded)
+    publish("lab/cnn@v1", tmp_path / "ours")
+    assert "`lab/cnn@c0ffee`" in (tmp_path / "ours" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_scripts_take_the_folder(resenc, tmp_path):
+    publish(resenc[1], tmp_path / "ours", "--spacing", "1", "1", "1")
+    data = write_labelled(tmp_path / "data")
+    how = ["--encoder", tmp_path / "ours", "--data", data, "--output", tmp_path / "run", "--config", config("ddp")]
+    done = launch(*how, *SHORT, script=ROOT / "finetune.py")
+    assert "model.safetensors: 47 tensors" in done.stdout
+    assert (tmp_path / "run" / "scores.json").is_file()
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "orientation: SAR" in recipe
+    done = launch(tmp_path / "ours", "--data", data / "images", script=ROOT / "benchmarks" / "evaluate_encoder.py")
+    assert "retrieval" in done.stdout
+
+
+# --------------------------------------------------------------------------- what is refused
+
+
+def refused(source, *arguments, **options):
+    """The one line that says why; nothing is written."""
+    place = source.parent / "refused"
+    with pytest.raises(ValueError, match=r".") as caught:
+        publish(source, place, *arguments, **options)
+    assert not place.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_nothing_tells_is_asked_for_at_once_and_checked_as_in_recipes(tmp_path):
+    path = tmp_path / "e.pth"
+    torch.save(encoder_alone().state_dict(), path)
+    words = refused(path)
+    assert all(flag in words for flag in ("--spacing X Y Z", "--orientation AXES", "--intensity RULE", "--crop-size"))
+    assert "none is told" in refused(path, *BY_HAND[:8])
+    assert "licence" in refused(path, *BY_HAND, license=None)
+    for flag, values, reason in (
+        ("--spacing", ["1", "1"], "--spacing 1 1: field required"),
+        ("--spacing", ["1", "0", "1"], "greater than 0"),
+        ("--spacing", ["1", "nan", "1"], "finite"),
+        ("--spacing", ["median"], "'native'"),
+        ("--orientation", ["RAX"], "must name each axis once"),
+        ("--intensity", ["zscore"], "is no rule of intensity: there are box"),
+        ("--intensity", ["window", "low=0"], "is no rule of intensity"),
+        ("--intensity", ["window", "low=0", "high=x"], "could not convert"),
+        ("--crop-size", ["16", "16", "x"], "valid integer"),
+        ("--crop-size", ["16", "16", "18"], "divides into cells of 4 x 4 x 4 voxels (16 x 16 x 18)"),
+    ):
+        assert reason in refused(path, *BY_HAND, flag, *values), (flag, values)
+
+
+def test_a_plan_with_intensities_that_no_rule_equals_asks_for_one(resenc, tmp_path):
+    network, _ = resenc
+    for changes in ({"normalization_schemes": ["CTNormalization"]}, {"use_mask_for_norm": [True]}):
+        theirs = released(tmp_path / "b", network, plan("ResidualEncoderUNet", resenc_arguments(), **changes))
+        words = refused(theirs)
+        assert "its plan normalises by" in words
+        assert "--intensity RULE" in words
+        assert "--spacing" not in words
+    assert publish(theirs, tmp_path / "ours", "--intensity", "foreground").config.preprocessing["spacing"] == "native"
+
+
+@pytest.mark.parametrize(
+    ("a_plan", "reason"),
+    [
+        (plan("SwinUNETR"), "its plan names the network 'SwinUNETR', which is no encoder of this project: there are "),
+        (plan("PrimusX", PRIMUS_ARGUMENTS), "its plan is of a PrimusX, its tensors are those of a resenc"),
+        (plan("ResEncL"), r"says hidden_sizes=[32, 64, 128, 256, 320, 320], the tensors [4, 8, 8]"),
+        (plan("ResidualEncoderUNet", resenc_arguments({**RESENC, "depths": [1, 2, 3]})), "says depths=[1, 2, 3]"),
+        (plan("ResidualEncoderUNet", resenc_arguments({**RESENC, "strides": [1, 1, 2]})), "says strides=[1, 1, 2]"),
+        (plan("ResidualEncoderUNet", resenc_arguments(), pretrain_num_input_channels=4), "says num_channels=4"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}), "axes"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "nonlin": "torch.nn.ReLU"}), "nonlin=torch.nn.ReLU"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "nonlin_kwargs": {"negative_slope": 0.2}}), "slope 0.2"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": 3}), "are damaged (arch_kwargs)"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": [[]] * 3}), "are damaged (arch_kwargs)"),
+        (plan("ResidualEncoderUNet", {**resenc_arguments(), "norm_op_kwargs": "no"}), "are damaged (arch_kwargs)"),
+        (plan("ResidualEncoderUNet", resenc_arguments(), spacing=[1, -1, 1]), "the spacing of its plan, 1 -1 1"),
+        (plan("ResidualEncoderUNet", resenc_arguments(), (18, 16, 16), recommended_downstream_patchsize=0), "18 x 16"),
+    ],
+)
+def test_a_plan_that_is_not_of_these_weights_is_one_line(a_plan, reason, resenc, tmp_path):
+    network, _ = resenc
+    assert reason in refused(released(tmp_path / "x", network, a_plan))
+
+
+def test_a_primus_whose_heads_nothing_tells_is_refused(tmp_path):
+    torch.save(MaskedAutoencoder((16, 16, 16), "xyz").state_dict(), tmp_path / "p.pth")
+    assert "how many attention heads" in refused(tmp_path / "p.pth", *BY_HAND)
+    inside = plan("PrimusM", None, (16, 16, 16))
+    words = refused(released(tmp_path / "m", MaskedAutoencoder((16, 16, 16), "xyz"), inside))
+    assert "(PrimusM) says hidden_size=864, the tensors 48; num_hidden_layers=16, the tensors 2" in words
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([torch.zeros(2)], "holds a list, not a checkpoint"),
+        ({"network_weights": "no"}, "it holds no tensors under names"),
+        ({"a": 1}, "it holds no tensors under names"),
+        (
+            lambda: reference_resenc(1, RESENC).decoder.stages.state_dict(prefix="stages."),
+            "tensors of stages: give the",
+        ),
+        (lambda: MaskedAutoencoder((16, 16, 16), "xyz").up_projection.state_dict(prefix="up."), "tensors of up: give"),
+        (lambda: encoder_alone(1, {**RESENC, "depths": [1, 2, 2]}).stem.state_dict(prefix="stem."), "is missing"),
+        (
+            {"encoder.stem.convs.0.conv.weight": torch.zeros(4, 1, 3, 3)},
+            "are [4, 1, 3, 3]: it is no",
+        ),
+        ({"down_projection.proj.weight": torch.zeros(4)}, "are [4]: it is no"),
+        (lambda: nn.Sequential(nn.Conv3d(1, 2, 3)).state_dict(), "there is no encoder of this project in it"),
+        (lambda: resenc_student().features.encoder.state_dict(), "these are weights of this project"),
+    ],
+)
+def test_a_file_without_an_encoder_is_one_line(content, reason, tmp_path):
+    torch.save(content() if callable(content) else content, tmp_path / "x.pth")
+    assert reason in refused(tmp_path / "x.pth", *BY_HAND)
+
+
+def test_files_and_arguments_that_do_not_go_together(resenc, tmp_path):
+    _, theirs = resenc
+    assert "--weights" in refused(theirs, "--weights", "teacher")
+    (theirs / "adaptation_plan.json").write_text("{bad")
+    assert "adaptation_plan.json: damaged" in refused(theirs)
+    (theirs / "adaptation_plan.json").unlink()
+    publish(theirs, tmp_path / "ours")
+    assert "leave them out" in refused(tmp_path / "ours", "--spacing", "native")
+    assert "name its folder" in refused(tmp_path / "ours" / "checkpoint_final.pth")
+
+
+def test_a_checkpoint_of_ours_alone_does_not_tell_its_axes(resenc, tmp_path):
+    publish(resenc[1], tmp_path / "ours")
+    alone = tmp_path / "alone.pth"
+    (tmp_path / "ours" / "checkpoint_final.pth").rename(alone)
+    words = refused(alone)
+    assert "--orientation" in words
+    assert "--spacing" not in words
+    again = partial(publish, alone, tmp_path / "again", "--orientation", "RAS")
+    assert again().config.preprocessing["orientation"] == "RAS"

@@ -18,15 +18,16 @@ Weights = dict[str, torch.Tensor]
 class NnunetNames(NamedTuple):
     """Of one architecture; a function takes our configuration."""
 
-    anchor: str  # a tensor that is in each of their checkpoints, and in those of no other architecture
+    anchor: str  # a tensor in each of their checkpoints, and in those of no other architecture but a later version
     tensor: Callable[[str, PretrainedConfig], list[str]]  # all names of one of ours, see `reference_names`
     network: Callable[[PretrainedConfig], dict[str, Any]]  # their class, and its numbers unless the name implies them
     released: Callable[[PretrainedConfig], dict[str, Any]] | None  # the same for release 2.8.1, which loads it whole
     keys: dict[str, Any]  # of the adaptation plan: where encoder, stem and position embedding are
-    trainer: str  # that fine-tunes it on nnU-Net's main branch
+    trainer: str | None  # that fine-tunes it on nnU-Net's main branch, if there is one
     decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that the release loads
     from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
     idle: Callable[[PretrainedConfig], Weights]  # what a network to segment holds and does not use, under their names
+    scalar: str | None = None  # how names of ours end that are vectors of one, and scalars there
 
 
 # --------------------------------------------------------------------------- Primus
@@ -83,13 +84,16 @@ def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Te
     return tensor
 
 
-def _primus_network(config: PretrainedConfig) -> dict[str, Any]:
+def _primus_network(config: PretrainedConfig, version: str = "", **tokenizer: Any) -> dict[str, Any]:
+    """Args: `tokenizer`, what their class must be told of it; nothing if it is the version's own."""
     if config.num_register_tokens:
         raise ValueError("nnU-Net's Primus has no register tokens: this encoder cannot be exported to it")
     for size, numbers in PRIMUS_SIZES.items():
-        if config.patch_size == [8, 8, 8] and all(getattr(config, key) == n for key, n in numbers.items()):
-            return {"arch_class_name": f"Primus{size}", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
-    numbers = {
+        named = config.patch_size == [8, 8, 8] and not tokenizer
+        if named and all(getattr(config, key) == n for key, n in numbers.items()):
+            name = f"Primus{version}{size}"
+            return {"arch_class_name": name, "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    numbers = tokenizer | {
         "embed_dim": config.hidden_size,
         "patch_embed_size": config.patch_size,
         "encoder_eva_depth": config.num_hidden_layers,
@@ -97,7 +101,7 @@ def _primus_network(config: PretrainedConfig) -> dict[str, Any]:
         "init_values": config.layer_scale_init,
         "scale_attn_inner": True,
     }
-    return {"arch_class_name": "Primus", "arch_kwargs": numbers, "arch_kwargs_requiring_import": []}
+    return {"arch_class_name": f"Primus{version}", "arch_kwargs": numbers, "arch_kwargs_requiring_import": []}
 
 
 PRIMUS = NnunetNames(
@@ -116,6 +120,62 @@ PRIMUS = NnunetNames(
     from_yxz=_primus_from_yxz,
     idle=lambda config: {"mask_token": torch.zeros(1, 1, config.hidden_size)},
 )
+
+# --------------------------------------------------------------------------- PrimusV2, PrimusV3
+
+V2_WIDTHS = [32, 32, 64, 128]  # which their class has no argument for
+V3_WIDTHS = [32, 64, 256, 1024]
+TOKENIZER_NAMES = (  # ours, theirs
+    (r"patch_embed\.proj\.", "down_projection.final_proj."),
+    (r"patch_embed\.skips\.(\d+)\.proj\.", r"down_projection.proj_to_tokens.\1."),
+    (r"patch_embed\.skips\.(\d+)\.scale", r"down_projection.scale_proj_to_tokens.\1"),
+    (r"patch_embed\.stem\.skip\.", "down_projection.stem.blocks.0.skip.0."),
+    (r"patch_embed\.(stages\.\d+)\.skip\.", r"down_projection.\1.blocks.0.skip.1."),  # behind the pooling
+    (r"patch_embed\.(stem|stages\.\d+)\.", r"down_projection.\1.blocks.0."),
+)
+
+
+def _version_names(name: str, config: PretrainedConfig) -> list[str]:
+    if not name.startswith("patch_embed."):
+        return _primus_names(name, config)
+    ours, theirs = next(pair for pair in TOKENIZER_NAMES if re.match(pair[0], name))
+    return _both_names(re.sub(ours, theirs, name))
+
+
+def _both_names(name: str) -> list[str]:
+    """A convolution or a norm is in their block by its name and by its place."""
+    by_place = re.sub(r"\.(conv|norm)\.(\w+)$", lambda m: f".all_modules.{KINDS.index(m[1])}.{m[2]}", name)
+    return list(dict.fromkeys((name, by_place)))
+
+
+KINDS = ("conv", "norm")
+
+
+def _v2_network(config: PretrainedConfig) -> dict[str, Any]:
+    if config.embed_widths != V2_WIDTHS:
+        raise ValueError(
+            f"nnU-Net's PrimusV2 has embed_widths {V2_WIDTHS}: an encoder with {config.embed_widths} cannot be "
+            "exported to it"
+        )
+    return _primus_network(config, "V2")
+
+
+def _v3_network(config: PretrainedConfig) -> dict[str, Any]:
+    widths = {} if config.embed_widths == V3_WIDTHS else {"ch_per_level": config.embed_widths}
+    depths = {"depth_per_level": [1] * (len(config.embed_widths) - 1)} if widths else {}
+    return _primus_network(config, "V3", **widths, **depths)
+
+
+IN_PROJ = "down_projection.stem.blocks.0.conv1."
+PRIMUS_V2 = PRIMUS._replace(
+    anchor=f"{IN_PROJ}conv.weight",
+    tensor=_version_names,
+    network=_v2_network,
+    keys=PRIMUS.keys | {"keys_to_in_proj": [f"{IN_PROJ}conv", f"{IN_PROJ}all_modules.0"]},
+    trainer=None,
+    from_yxz=None,
+)
+PRIMUS_V3 = PRIMUS_V2._replace(anchor="down_projection.proj_to_tokens.0.weight", network=_v3_network, scalar=".scale")
 
 # --------------------------------------------------------------------------- ResEnc
 
@@ -143,7 +203,7 @@ def _resenc_names(name: str, config: PretrainedConfig) -> list[str]:
         if branch == "skip":  # behind the average pooling, where there is one
             branch = f"skip.{int(config.strides[int(stage)] > 1 and block == '0')}"
         layer = f"encoder.stages.{stage}.blocks.{block}.{branch}"
-    names = [f"{layer}.{kind}.{what}", f"{layer}.all_modules.{('conv', 'norm').index(kind)}.{what}"]
+    names = _both_names(f"{layer}.{kind}.{what}")
     return names if parts[0] == "decoder" else names + [f"decoder.{n}" for n in names]
 
 

@@ -21,13 +21,17 @@ class NnunetNames(NamedTuple):
     anchor: str  # a tensor in each of their checkpoints, and in those of no other architecture but a later version
     tensor: Callable[[str, PretrainedConfig], list[str]]  # all names of one of ours, see `reference_names`
     network: Callable[[PretrainedConfig], dict[str, Any]]  # their class, and its numbers unless the name implies them
-    released: Callable[[PretrainedConfig], dict[str, Any]] | None  # the same for release 2.8.1, which loads it whole
+    released: Callable[[PretrainedConfig], dict[str, Any]] | None  # what a plan for release 2.8.1 says of the network
     keys: dict[str, Any]  # of the adaptation plan: where encoder, stem and position embedding are
     trainer: str | None  # that fine-tunes it on nnU-Net's main branch, if there is one
     decoder: Callable[[PretrainedConfig], nn.Module] | None  # of the U-Net that the release loads
     from_yxz: Callable[[Weights, PretrainedConfig, tuple[int, ...] | None], Weights] | None  # if it numbers tokens
     idle: Callable[[PretrainedConfig], Weights]  # what a network to segment holds and does not use, under their names
     scalar: str | None = None  # how names of ours end that are vectors of one, and scalars there
+    built_by: Callable[[PretrainedConfig], str] | None = (
+        None  # Python that builds the network in a trainer of the release,
+    )
+    # where none of its own loads it
 
 
 # --------------------------------------------------------------------------- Primus
@@ -143,12 +147,10 @@ def _version_names(name: str, config: PretrainedConfig) -> list[str]:
 
 
 def _both_names(name: str) -> list[str]:
-    """A convolution or a norm is in their block by its name and by its place."""
-    by_place = re.sub(r"\.(conv|norm)\.(\w+)$", lambda m: f".all_modules.{KINDS.index(m[1])}.{m[2]}", name)
+    """A convolution or a norm is in their blocks by its name and by its place; anything else by its name."""
+    place = {"conv": 0, "norm": 1}
+    by_place = re.sub(r"\.(conv|norm)\.(\w+)$", lambda found: f".all_modules.{place[found[1]]}.{found[2]}", name)
     return list(dict.fromkeys((name, by_place)))
-
-
-KINDS = ("conv", "norm")
 
 
 def _v2_network(config: PretrainedConfig) -> dict[str, Any]:
@@ -166,16 +168,34 @@ def _v3_network(config: PretrainedConfig) -> dict[str, Any]:
     return _primus_network(config, "V3", **widths, **depths)
 
 
+def _built_by(network: dict[str, Any]) -> str:
+    """The call of their class, with the drop-path of their trainers."""
+    name, numbers, _ = network.values()
+    channels, classes, crop = "num_input_channels", "num_output_channels", "configuration_manager.patch_size"
+    if numbers is None:
+        return f"{name}({channels}, {classes}, (8, 8, 8), {crop}, drop_path_rate=0.2)"
+    sizes = {"encoder_eva_depth": "eva_depth", "encoder_eva_numheads": "eva_numheads"}
+    told = ", ".join(f"{sizes.get(key, key)}={value!r}" for key, value in numbers.items())
+    return f"{name}({channels}, num_classes={classes}, input_shape={crop}, drop_path_rate=0.2, {told})"
+
+
 IN_PROJ = "down_projection.stem.blocks.0.conv1."
 PRIMUS_V2 = PRIMUS._replace(
     anchor=f"{IN_PROJ}conv.weight",
     tensor=_version_names,
     network=_v2_network,
     keys=PRIMUS.keys | {"keys_to_in_proj": [f"{IN_PROJ}conv", f"{IN_PROJ}all_modules.0"]},
+    released=lambda config: {},  # its trainers build their networks themselves
     trainer=None,
     from_yxz=None,
+    built_by=lambda config: _built_by(_v2_network(config)),
 )
-PRIMUS_V3 = PRIMUS_V2._replace(anchor="down_projection.proj_to_tokens.0.weight", network=_v3_network, scalar=".scale")
+PRIMUS_V3 = PRIMUS_V2._replace(
+    anchor="down_projection.proj_to_tokens.0.weight",
+    network=_v3_network,
+    scalar=".scale",
+    built_by=lambda config: _built_by(_v3_network(config)),
+)
 
 # --------------------------------------------------------------------------- ResEnc
 
@@ -252,7 +272,7 @@ RESENC = NnunetNames(
     anchor="encoder.stem.convs.0.conv.weight",
     tensor=_resenc_names,
     network=_resenc_network,
-    released=_resenc_architecture,
+    released=lambda config: {"architecture": _resenc_architecture(config)},
     keys={
         "key_to_encoder": "encoder.stages",
         "key_to_stem": "encoder.stem",

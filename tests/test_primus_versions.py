@@ -12,7 +12,7 @@ from test_nnunet import written
 from test_recipe import load_recipe
 from test_reference import difference, load, randomise, shapes, tokens_of
 
-from models import PRIMUS_SIZES, architecture, build_encoder, load_encoder, segmentation_class
+from models import PRIMUS_SIZES, architecture, build_encoder, dense_features, load_encoder, segmentation_class
 from models.conversion import from_reference, reference_names, segmentation_to_reference, to_reference
 from models.nnunet import CONFIGURATION, adaptation_plan, checkpoint, released_plans
 from models.warm_start import load_pretrained
@@ -68,7 +68,7 @@ def test_their_gradients_equal_the_reference(name):
     theirs = dict(network.named_parameters())
     for n, parameter in encoder.named_parameters():
         other = theirs[reference_names(n, encoder.config)[0]].grad
-        torch.testing.assert_close(parameter.grad, other.view_as(parameter), rtol=1e-7, atol=1e-10, msg=n)
+        torch.testing.assert_close(parameter.grad, other.view_as(parameter), rtol=1e-5, atol=1e-6, msg=n)
 
 
 @BOTH
@@ -132,6 +132,22 @@ def test_more_channels_that_are_equal_give_the_features_of_one():
         one = encoder(crop).last_hidden_state
         encoder.resize_input_channels(3)
         torch.testing.assert_close(encoder(crop.expand(-1, 3, -1, -1, -1)).last_hidden_state, one, atol=1e-4, rtol=0)
+
+
+@BOTH
+def test_tokens_lie_where_their_voxels_are(name):
+    """Voxels of one token change it and its neighbours most; by the norms, all others a little."""
+    encoder, crop = encoder_of(name, (24, 32, 16), **NARROW), torch.randn(1, 1, 24, 32, 16)
+    for place in ((1, 1, 1), (4, 6, 2), (3, 2, 1)):
+        changed, where = crop.clone(), tuple(slice(4 * n, 4 * n + 4) for n in place)
+        changed[(..., *where)] = torch.randn(1, 1, 4, 4, 4)
+        with torch.no_grad():
+            moved = (dense_features(encoder, changed) - dense_features(encoder, crop)).square().sum(1)[0]
+        farthest = torch.stack(torch.unravel_index(moved.argmax(), moved.shape)) - torch.tensor(place)
+        assert moved.shape == (6, 8, 4)
+        assert farthest.abs().max() <= 1
+        near = moved[tuple(slice(n - 1, n + 2) for n in place)].mean()
+        assert near > 5 * moved.median()
 
 
 # --------------------------------------------------------------------------- what is hidden stays hidden

@@ -143,11 +143,9 @@ def test_tokens_lie_where_their_voxels_are(name):
         changed[(..., *where)] = torch.randn(1, 1, 4, 4, 4)
         with torch.no_grad():
             moved = (dense_features(encoder, changed) - dense_features(encoder, crop)).square().sum(1)[0]
-        farthest = torch.stack(torch.unravel_index(moved.argmax(), moved.shape)) - torch.tensor(place)
         assert moved.shape == (6, 8, 4)
-        assert farthest.abs().max() <= 1
         near = moved[tuple(slice(n - 1, n + 2) for n in place)].mean()
-        assert near > 5 * moved.median()
+        assert near > 10 * moved.median()
 
 
 # --------------------------------------------------------------------------- what is hidden stays hidden

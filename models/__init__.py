@@ -3,7 +3,7 @@
 from inspect import signature
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import (
     ARCHITECTURES,
@@ -15,15 +15,25 @@ from .architectures import (
     segmentation_class,
 )
 from .configuration_primus import PRIMUS_SIZES, PrimusConfig
+from .configuration_primus_versions import PrimusV2Config, PrimusV3Config
 from .configuration_resenc import ResEncConfig
 from .modeling_classification import (
     ImageClassificationModel,
     PrimusForImageClassification,
+    PrimusV2ForImageClassification,
+    PrimusV3ForImageClassification,
     ResEncForImageClassification,
 )
 from .modeling_primus import PrimusModel
+from .modeling_primus_versions import PrimusV2Model, PrimusV3Model
 from .modeling_resenc import ResEncModel
-from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation, SegmentationModel
+from .modeling_segmentation import (
+    PrimusForSegmentation,
+    PrimusV2ForSegmentation,
+    PrimusV3ForSegmentation,
+    ResEncForSegmentation,
+    SegmentationModel,
+)
 from .pretraining import Pretraining
 from .warm_start import ENCODER_WEIGHTS
 from .weight_files import read_json, read_weights
@@ -38,6 +48,14 @@ __all__ = [
     "PrimusForImageClassification",
     "PrimusForSegmentation",
     "PrimusModel",
+    "PrimusV2Config",
+    "PrimusV2ForImageClassification",
+    "PrimusV2ForSegmentation",
+    "PrimusV2Model",
+    "PrimusV3Config",
+    "PrimusV3ForImageClassification",
+    "PrimusV3ForSegmentation",
+    "PrimusV3Model",
     "ResEncConfig",
     "ResEncForImageClassification",
     "ResEncForSegmentation",
@@ -61,8 +79,9 @@ def build_encoder(name: str, crop_size: tuple[int, ...], preprocessing: dict, **
         ValueError: if there is no such row, or the configuration is not made for it.
     """
     row = architecture(name)
-    known = signature(row.config.__init__).parameters
-    if unknown := {"image_size", "num_channels", "preprocessing", *sizes} - known.keys():  # transformers swallows them
+    ours = [kind for kind in row.config.mro() if issubclass(kind, PretrainedConfig) and kind is not PretrainedConfig]
+    known = {name for kind in ours for name in signature(kind.__init__).parameters}
+    if unknown := {"image_size", "num_channels", "preprocessing", *sizes} - known:  # transformers swallows them
         raise ValueError(f"{row.config.__name__} does not take {', '.join(sorted(unknown))}")
     if row.config.model_type != name:
         raise ValueError(

@@ -8,21 +8,31 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import nnunet_names
+from . import nnunet_primus, nnunet_resenc
 from .configuration_primus import PrimusConfig
+from .configuration_primus_versions import PrimusV2Config, PrimusV3Config
 from .configuration_resenc import ResEncConfig
 from .features import primus_features, resenc_features
 from .masked_primus import MaskedPrimus
 from .masked_resenc import MaskedResEnc
-from .model_sections import ModelSection, Primus, ResEnc
+from .model_sections import ModelSection, Primus, PrimusV2, PrimusV3, ResEnc
 from .modeling_classification import (
     ImageClassificationModel,
     PrimusForImageClassification,
+    PrimusV2ForImageClassification,
+    PrimusV3ForImageClassification,
     ResEncForImageClassification,
 )
 from .modeling_primus import PrimusModel
+from .modeling_primus_versions import PrimusV2Model, PrimusV3Model
 from .modeling_resenc import ResEncModel
-from .modeling_segmentation import PrimusForSegmentation, ResEncForSegmentation, SegmentationModel
+from .modeling_segmentation import (
+    PrimusForSegmentation,
+    PrimusV2ForSegmentation,
+    PrimusV3ForSegmentation,
+    ResEncForSegmentation,
+    SegmentationModel,
+)
 from .nnunet_names import NnunetNames
 
 
@@ -47,7 +57,7 @@ class Architecture(NamedTuple):
     unit: Callable[[PretrainedConfig], tuple[int, ...]]  # voxels that must divide a crop, along each axis
     feature_map: Callable[[PretrainedConfig], FeatureMap]
     hides: str  # what a mask hides, in the plural
-    input_weight: str  # the kernels that read the voxels
+    input_weights: tuple[str, ...]  # the kernels that read the voxels; the first marks an encoder among others
     name: str
     kind: str
     paper: str
@@ -55,30 +65,53 @@ class Architecture(NamedTuple):
     nnunet: NnunetNames | None  # None: nnU-Net has no such network
 
 
+PRIMUS = Architecture(
+    config=PrimusConfig,
+    model=PrimusModel,
+    segmentation=PrimusForSegmentation,
+    classification=PrimusForImageClassification,
+    section=Primus,
+    student=lambda encoder, section, mask_ratio, **wanted: MaskedPrimus(
+        encoder,
+        mask_ratio,
+        **wanted,
+        decoder_layers=section.decoder_layers,
+        feature_decoder_heads=section.feature_decoder_heads,
+    ),
+    dense=primus_features,
+    unit=lambda config: tuple(config.patch_size),
+    feature_map=lambda config: FeatureMap(config.stage_names[-1], config.hidden_size, config.patch_size[0]),
+    hides="tokens",
+    input_weights=("patch_embed.weight",),
+    name="Primus",
+    kind="a vision transformer",
+    paper="Wald et al. 2025, arXiv:2503.01835",
+    output="tokens [1, N, C]",
+    nnunet=nnunet_primus.PRIMUS,
+)
+PRIMUS_V2 = PRIMUS._replace(
+    config=PrimusV2Config,
+    model=PrimusV2Model,
+    segmentation=PrimusV2ForSegmentation,
+    classification=PrimusV2ForImageClassification,
+    section=PrimusV2,
+    input_weights=("patch_embed.stem.conv1.conv.weight", "patch_embed.stem.skip.conv.weight"),
+    name="PrimusV2",
+    kind="a vision transformer on tokens of residual convolutions",
+    nnunet=nnunet_primus.PRIMUS_V2,
+)
 ARCHITECTURES = {
-    "primus": Architecture(
-        config=PrimusConfig,
-        model=PrimusModel,
-        segmentation=PrimusForSegmentation,
-        classification=PrimusForImageClassification,
-        section=Primus,
-        student=lambda encoder, section, mask_ratio, **wanted: MaskedPrimus(
-            encoder,
-            mask_ratio,
-            **wanted,
-            decoder_layers=section.decoder_layers,
-            feature_decoder_heads=section.feature_decoder_heads,
-        ),
-        dense=primus_features,
-        unit=lambda config: tuple(config.patch_size),
-        feature_map=lambda config: FeatureMap(config.stage_names[-1], config.hidden_size, config.patch_size[0]),
-        hides="tokens",
-        input_weight="patch_embed.weight",
-        name="Primus",
-        kind="a vision transformer",
-        paper="Wald et al. 2025, arXiv:2503.01835",
-        output="tokens [1, N, C]",
-        nnunet=nnunet_names.PRIMUS,
+    "primus": PRIMUS,
+    "primus_v2": PRIMUS_V2,
+    "primus_v3": PRIMUS_V2._replace(
+        config=PrimusV3Config,
+        model=PrimusV3Model,
+        segmentation=PrimusV3ForSegmentation,
+        classification=PrimusV3ForImageClassification,
+        section=PrimusV3,
+        name="PrimusV3",
+        paper=f"documentation/primus.md of nnU-Net, after {PRIMUS.paper}",
+        nnunet=nnunet_primus.PRIMUS_V3,
     ),
     "resenc": Architecture(
         config=ResEncConfig,
@@ -91,12 +124,12 @@ ARCHITECTURES = {
         unit=lambda config: (math.prod(config.strides),) * 3,
         feature_map=lambda config: _middle_stage(config),
         hides="blocks",
-        input_weight="stem.conv.weight",
+        input_weights=("stem.conv.weight",),
         name="ResEnc",
         kind="nnU-Net's residual CNN",
         paper="Isensee et al. 2024, arXiv:2404.09556",
         output="feature map of the deepest stage",
-        nnunet=nnunet_names.RESENC,
+        nnunet=nnunet_resenc.RESENC,
     ),
 }
 

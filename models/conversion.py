@@ -31,6 +31,8 @@ def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> 
 
     The storage is shared.
     """
+    scalar = names_in_nnunet(config.model_type).scalar
+    weights = {n: w.reshape(()) if scalar and n.endswith(scalar) else w for n, w in weights.items()}
     return {theirs: tensor for name, tensor in weights.items() for theirs in reference_names(name, config)}
 
 
@@ -185,8 +187,10 @@ def _fit(
     """Repeat input channels, resize a position embedding; anything else stays as it is."""
     if tensor.shape == shape:
         return tensor
+    if tensor.ndim == 0 and shape == (1,):
+        return tensor.reshape(1)
     if (
-        name == architecture(config.model_type).input_weight
+        name in architecture(config.model_type).input_weights
         and tensor.shape[2:] == shape[2:]
         and len(tensor) == shape[0]
     ):

@@ -85,7 +85,7 @@ def _architecture(weights: Weights, plan: Plan) -> str:
     """The row of `ARCHITECTURES`, of which tensors and plan must be."""
     told = architecture_of(plan)
     rows = {key: row for key, row in ARCHITECTURES.items() if row.nnunet and row.nnunet.sizes}
-    if any(under_our_names(weights, row.input_weight) is not None for row in ARCHITECTURES.values()):
+    if any(under_our_names(weights, row.input_weights[0]) is not None for row in ARCHITECTURES.values()):
         raise ValueError("these are weights of this project: publish the run, or the folder, that they come from")
     found = [key for key, row in rows.items() if any(name.endswith(row.nnunet.anchor) for name in weights)]
     if not found:
@@ -93,10 +93,10 @@ def _architecture(weights: Weights, plan: Plan) -> str:
         raise ValueError(f"there is no encoder of this project in it (looked for {anchors}){what_is_there(weights)}")
     if told and told not in found:
         raise ValueError(
-            f"its plan is of a {plan.network}, its tensors are those of a {found[0]}: put the right "
+            f"its plan is of a {plan.network}, its tensors are those of a {found[-1]}: put the right "
             "adaptation_plan.json beside it"
         )
-    return told or found[0]
+    return told or found[-1]  # later versions hold what marks those before
 
 
 def _sizes(inside: Weights, plan: Plan, name: str) -> dict[str, Any]:

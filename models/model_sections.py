@@ -99,6 +99,39 @@ class Primus(ModelSection):
             raise ValueError(f"mask.block={mask_block} must equal model.patch_size={token}: Primus hides whole tokens")
 
 
+class PrimusV2(Primus):
+    architecture: Literal["primus_v2"]
+    embed_widths: list[PositiveInt]  # channels of the tokenizer: of its stem and of each stage that halves the axes
+
+    @model_validator(mode="after")
+    def _stages(self):
+        if self.patch_size != 2 ** (len(self.embed_widths) - 1):
+            raise ValueError(
+                f"embed_widths={self.embed_widths} with patch_size={self.patch_size}: "
+                f"give {self.patch_size.bit_length()}, one for the stem and one for each halving of the axes"
+            )
+        return self
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        return {**super().encoder_arguments(), "embed_widths": self.embed_widths}
+
+    @classmethod
+    def of_encoder(cls, config: PretrainedConfig) -> dict[str, Any]:
+        return {**super().of_encoder(config), "embed_widths": list(config.embed_widths)}
+
+    def check_crop(self, crop_size: tuple[int, ...]) -> None:
+        super().check_crop(crop_size)
+        if math.prod(crop_size) <= self.patch_size**3:
+            raise ValueError(
+                f"views.crop_size={list(crop_size)} must exceed model.patch_size={self.patch_size}: the last stage of "
+                "the tokenizer would have a single cell, which instance norm sets to 0"
+            )
+
+
+class PrimusV3(PrimusV2):
+    architecture: Literal["primus_v3"]
+
+
 class ResEnc(ModelSection):
     architecture: Literal["resenc"]
     hidden_sizes: list[PositiveInt]  # channels a stage

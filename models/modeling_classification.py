@@ -15,9 +15,11 @@ from transformers.utils import can_return_tuple
 
 from .configuration_encoder import whole
 from .configuration_primus import PrimusConfig
+from .configuration_primus_versions import PrimusV2Config, PrimusV3Config
 from .configuration_resenc import ResEncConfig
 from .modeling_encoder import Encoder
 from .modeling_primus import PrimusModel, init_primus_weights
+from .modeling_primus_versions import PrimusV2Model, PrimusV3Model
 from .modeling_resenc import ResEncModel, init_resenc_weights
 
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"  # transformers' names
@@ -130,14 +132,15 @@ class PrimusForImageClassification(ImageClassificationModel):
     """Primus, its tokens pooled."""
 
     config_class = PrimusConfig
+    encoder_class = PrimusModel
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["PrimusBlock"]
+    _no_split_modules = PrimusModel._no_split_modules
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = PrimusModel(config)
+        self.encoder = self.encoder_class(config)
         self.head = PoolingHead(config.hidden_size, config.num_labels, getattr(config, "pooling", "mean"))
         self.post_init()
 
@@ -147,6 +150,21 @@ class PrimusForImageClassification(ImageClassificationModel):
     @staticmethod
     def encode(encoder, pixel_values):
         return encoder(pixel_values).last_hidden_state
+
+
+class PrimusV2ForImageClassification(PrimusForImageClassification):
+    """PrimusV2, its tokens pooled."""
+
+    config_class = PrimusV2Config
+    encoder_class = PrimusV2Model
+    _no_split_modules = PrimusV2Model._no_split_modules
+
+
+class PrimusV3ForImageClassification(PrimusV2ForImageClassification):
+    """PrimusV3, its tokens pooled."""
+
+    config_class = PrimusV3Config
+    encoder_class = PrimusV3Model
 
 
 class ResEncForImageClassification(ImageClassificationModel):

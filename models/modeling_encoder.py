@@ -28,6 +28,10 @@ class Encoder(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
 
+    def input_convolutions(self):
+        """All convolutions that read the voxels."""
+        return [self.get_input_embeddings()]
+
     @torch.no_grad()
     def resize_input_channels(self, num_channels):
         """Let the encoder read `num_channels` channels, a multiple of its own: its first kernels are repeated.
@@ -38,12 +42,14 @@ class Encoder(PreTrainedModel):
         Raises:
             ValueError: if `num_channels` is not such a multiple.
         """
-        conv, old = self.get_input_embeddings(), self.config.num_channels
+        old = self.config.num_channels
         if num_channels < 1 or num_channels % old:
             raise ValueError(f"num_channels={num_channels} must be a multiple of the {old} that this encoder reads")
-        repeated = conv.weight.repeat(1, num_channels // old, 1, 1, 1) * old / num_channels
-        conv.weight = nn.Parameter(repeated, requires_grad=conv.weight.requires_grad)
-        conv.in_channels = self.config.num_channels = num_channels
+        for conv in self.input_convolutions():
+            repeated = conv.weight.repeat(1, num_channels // old, 1, 1, 1) * old / num_channels
+            conv.weight = nn.Parameter(repeated, requires_grad=conv.weight.requires_grad)
+            conv.in_channels = num_channels
+        self.config.num_channels = num_channels
         return self
 
     def _check_crop(self, pixel_values, unit):

@@ -204,7 +204,7 @@ def init_primus_weights(module, std=0.02):
         nn.init.kaiming_normal_(module.weight, a=1e-2)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.InstanceNorm3d)):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
     elif isinstance(module, PrimusBlock):
@@ -231,7 +231,7 @@ class PrimusModel(Encoder):
 
     def __init__(self, config):
         super().__init__(config)
-        self.patch_embed = nn.Conv3d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.patch_embed = self.tokenizer(config)
         self.transformer = PrimusTransformer(
             config,
             config.num_hidden_layers,
@@ -241,11 +241,20 @@ class PrimusModel(Encoder):
         )
         self.post_init()
 
+    @staticmethod
+    def tokenizer(config):
+        """What makes a map of tokens `[B, hidden_size, x, y, z]` of crops."""
+        return nn.Conv3d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+
     def _init_weights(self, module):
         init_primus_weights(module, self.config.initializer_range)
 
     def get_input_embeddings(self):
         return self.patch_embed
+
+    def embed(self, pixel_values, visible_tokens=None, masked_tokens=None):
+        """The tokenizer's map; of visible tokens it tells nothing of what lies in hidden ones (see `forward`)."""
+        return self.patch_embed(pixel_values)  # each token of its own voxels
 
     @can_return_tuple
     def forward(
@@ -284,7 +293,7 @@ class PrimusModel(Encoder):
             raise ValueError("feature maps need all tokens: give either stages or visible_tokens")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        embedded = self.patch_embed(pixel_values)
+        embedded = self.embed(pixel_values, visible_tokens, masked_tokens)
         grid_size = embedded.shape[2:]
         states = [] if output_hidden_states or stages is not None else None
         tokens = embedded.flatten(2).transpose(1, 2)

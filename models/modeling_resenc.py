@@ -16,17 +16,20 @@ from .modeling_encoder import Encoder, EncoderOutput
 
 
 class ConvNorm(nn.Module):
-    """3D convolution and instance norm, with a LeakyReLU if `activate`."""
+    """3D convolution and instance norm, with a LeakyReLU of this `slope` if `activate`."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, bias=True, activate=True, eps=1e-5):
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, bias=True, activate=True, eps=1e-5, slope=0.01
+    ):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
         self.norm = nn.InstanceNorm3d(out_channels, eps=eps, affine=True)
         self.activate = activate
+        self.slope = slope
 
     def forward(self, x):
         x = self.norm(self.conv(x))
-        return F.leaky_relu(x, inplace=True) if self.activate else x
+        return F.leaky_relu(x, self.slope, inplace=True) if self.activate else x
 
 
 def average_pool(x, stride):
@@ -40,11 +43,12 @@ def average_pool(x, stride):
 class ResEncBlock(GradientCheckpointingLayer):
     """Two 3^3 convolutions; the skip is average-pooled and, if the channels change, projected (ResNet-D)."""
 
-    def __init__(self, in_channels, out_channels, stride, eps):
+    def __init__(self, in_channels, out_channels, stride, eps, bias=True, slope=0.01):
         super().__init__()
         self.stride = stride
-        self.conv1 = ConvNorm(in_channels, out_channels, 3, stride, eps=eps)
-        self.conv2 = ConvNorm(out_channels, out_channels, 3, activate=False, eps=eps)
+        self.slope = slope
+        self.conv1 = ConvNorm(in_channels, out_channels, 3, stride, bias, eps=eps, slope=slope)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, bias=bias, activate=False, eps=eps)
         self.skip = None
         if in_channels != out_channels:
             self.skip = ConvNorm(in_channels, out_channels, 1, bias=False, activate=False, eps=eps)
@@ -52,7 +56,7 @@ class ResEncBlock(GradientCheckpointingLayer):
     def forward(self, x):
         residual = x if self.stride == 1 else average_pool(x, self.stride)
         residual = residual if self.skip is None else self.skip(residual)
-        return F.leaky_relu(self.conv2(self.conv1(x)).add_(residual), inplace=True)
+        return F.leaky_relu(self.conv2(self.conv1(x)).add_(residual), self.slope, inplace=True)
 
 
 def init_resenc_weights(module):

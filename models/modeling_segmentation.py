@@ -14,10 +14,12 @@ from transformers.utils import can_return_tuple
 
 from .configuration_encoder import whole
 from .configuration_primus import PrimusConfig
+from .configuration_primus_versions import PrimusV2Config, PrimusV3Config
 from .configuration_resenc import ResEncConfig
 from .decoders import UNetDecoder, init_patch_decoder_weights, patch_decoder
 from .modeling_encoder import Encoder
 from .modeling_primus import PrimusModel, init_primus_weights
+from .modeling_primus_versions import PrimusV2Model, PrimusV3Model
 from .modeling_resenc import ResEncModel, init_resenc_weights
 
 
@@ -81,14 +83,15 @@ class PrimusForSegmentation(SegmentationModel):
     """Primus as it is published: the tokens, and transposed convolutions that make voxels of them."""
 
     config_class = PrimusConfig
+    encoder_class = PrimusModel
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["PrimusBlock"]
+    _no_split_modules = PrimusModel._no_split_modules
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = PrimusModel(config)
+        self.encoder = self.encoder_class(config)
         self.decoder = patch_decoder(config.hidden_size, config.patch_size, config.num_labels)
         self.post_init()
 
@@ -106,6 +109,21 @@ class PrimusForSegmentation(SegmentationModel):
     @staticmethod
     def decode(decoder, maps):
         return decoder(maps[-1])
+
+
+class PrimusV2ForSegmentation(PrimusForSegmentation):
+    """PrimusV2 with the decoder of Primus, as it is published."""
+
+    config_class = PrimusV2Config
+    encoder_class = PrimusV2Model
+    _no_split_modules = PrimusV2Model._no_split_modules
+
+
+class PrimusV3ForSegmentation(PrimusV2ForSegmentation):
+    """PrimusV3 with the decoder of Primus, as it is published."""
+
+    config_class = PrimusV3Config
+    encoder_class = PrimusV3Model
 
 
 class ResEncForSegmentation(SegmentationModel):

@@ -79,8 +79,8 @@ def released_plans(config: PretrainedConfig) -> dict | None:
     The planner keeps configurations of other names than its own in a file that it finds. This one, `CONFIGURATION`, is
     the encoder's network, crop, spacing and normalisation, on top of what the planner finds for "3d_fullres".
     """
-    architecture_of = names_in_nnunet(config.model_type).released
-    if architecture_of is None:
+    of_network = names_in_nnunet(config.model_type).released
+    if of_network is None:
         return None
     spacing, normalization = config.preprocessing["spacing"], _normalization(config)
     native = spacing == "native"
@@ -92,7 +92,7 @@ def released_plans(config: PretrainedConfig) -> dict | None:
         "patch_size": list(config.image_size),
         "normalization_schemes": [normalization] * config.num_channels,
         "use_mask_for_norm": [False] * config.num_channels,
-        "architecture": architecture_of(config),
+        **of_network(config),
     }
     return {"configurations": {CONFIGURATION: configuration | ({} if native else {"spacing": spacing})}}
 

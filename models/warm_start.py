@@ -52,7 +52,7 @@ def load_pretrained(student: nn.Module, source: str, token_order: str | None = N
     encoder.load_state_dict({name: w for name, w in found.weights.items() if not name.startswith(DECODERS)})
     rest = {name: w for name, w in found.weights.items() if name.startswith(DECODERS)}
     student.load_state_dict(rest, strict=False)
-    foreign = under_our_names(weights, architecture(encoder.config.model_type).input_weight) is None
+    foreign = under_our_names(weights, architecture(encoder.config.model_type).input_weights[0]) is None
     _warn_of_other_axes(source, about["orientation"] or (AXES_OF_NNUNET if foreign else None), encoder.config)
     return report(path, found, rest.keys(), wanted.keys())
 
@@ -80,7 +80,7 @@ def _convert(
         raise ValueError(f"it is a {told}, our encoder is a {config.model_type}")
     if about["fine_tuned"]:
         raise ValueError(f"it is a {about['fine_tuned']}: give the encoder that it was fine-tuned from")
-    ours = under_our_names(weights, row.input_weight)
+    ours = under_our_names(weights, row.input_weights[0])
     has_tokens = row.nnunet is not None and row.nnunet.from_yxz is not None
     if ours is not None:
         names = {name: [name, f"patch_{name}"] for name in wanted}  # pretraining has decoder and patch_decoder

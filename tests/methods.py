@@ -34,12 +34,15 @@ METHODS = {
     "sal": Method("train_sal", TINY_SAL, ("zero2",)),
     "alice": Method("train_alice", TINY_ALICE, ("zero3", "fsdp2")),
 }
-ARCHITECTURES = ("primus", "resenc")
+PRIMUS_V3 = "architecture: primus_v3, embed_widths: [4, 4, 6, 8],"
+ARCHITECTURES = ("primus", "primus_v3", "resenc")
 
 
 def numbers_of(name: str, architecture: str) -> list[str]:
     tiny = METHODS[name].tiny
-    return tiny if architecture == "primus" else [n for n in tiny if not n.startswith(("model", "mask.block"))] + RESENC
+    if architecture == "resenc":
+        return [n for n in tiny if not n.startswith(("model", "mask.block"))] + RESENC
+    return tiny if architecture == "primus" else [n.replace("architecture: primus,", PRIMUS_V3) for n in tiny]
 
 
 def script_of(name: str):

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "same_path": {"teacher": "same"},
 }
 CASES = [(architecture, name, 1) for architecture in ("primus", "resenc") for name in OBJECTIVES]
+CASES += [("primus_v3", name, 1) for name in ("cosine", "reconstruction")]
 CASES += [(architecture, name, 2) for architecture in ("primus", "resenc") for name in ("cosine", "reconstruction")]
 CROP = (8, 16, 24)  # small: pooled over many voxels, random crops become alike, and batch norm magnifies rounding
 VOLUMES, TERMS = 8, ("loss", "reconstruction", "consistency", "contrastive")

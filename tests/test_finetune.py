@@ -27,8 +27,12 @@ from training.metrics import read_metrics
 from training.recipe import load_recipe
 from training.student import build_student
 
+V3 = "architecture: primus_v3, embed_widths: [4, 4, 6, 8],"
 NETWORKS = {
     "primus": TINY,
+    "primus_v3": [
+        n.replace("architecture: primus,", "architecture: primus_v3, embed_widths: [4, 4, 6, 8],") for n in TINY
+    ],
     "resenc": [
         "views.crop_size=[32,32,32]",
         "mask.block=16",
@@ -143,7 +147,7 @@ def test_the_learning_rate_decays_with_the_distance_from_the_decoder(network, en
     groups = model.parameter_groups()
     scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert scale.keys() == dict(model.named_parameters()).keys()
-    blocks = {"primus": "transformer.blocks", "resenc": "stages"}[network]
+    blocks = "stages" if network == "resenc" else "transformer.blocks"
     layers = max(int(name.split(f"{blocks}.")[1].split(".")[0]) for name in scale if f"{blocks}." in name) + 1
     for name, found in scale.items():
         inner = name.removeprefix("student.features.encoder.")

@@ -10,7 +10,8 @@ from dynamic_network_architectures.building_blocks.residual_encoders import Resi
 from safetensors.torch import save_file
 from test_finetune import SHORT, write_labelled
 from test_nnunet import assert_same_features, fine_tune_from
-from test_reference import difference, randomise, reference_primus, reference_resenc
+from test_primus_versions import VERSIONS, network_of
+from test_reference import difference, randomise, reference_primus, reference_resenc, tokens_of
 from test_warm_start import MaskedAutoencoder, primus_student, resenc_student
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
@@ -294,6 +295,27 @@ def test_a_primus_without_a_plan_has_the_published_heads_and_a_cube(tmp_path):
     with torch.no_grad():
         tokens, _ = network.eva(network.down_projection(crop).flatten(2).transpose(1, 2))
         assert difference(encoder(crop).last_hidden_state, tokens) < 1e-5
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_later_primus_is_known_by_its_tokenizer(name, planned, tmp_path):
+    version = f"Primus{VERSIONS[name]}"
+    network, crop = network_of(name, (16, 24, 16)), torch.randn(2, 1, 16, 24, 16)
+    arguments = PRIMUS_ARGUMENTS | {"embed_dim": 24, "input_shape": (16, 24, 16)}
+    theirs = released(tmp_path / "theirs", network, plan(version, arguments, (16, 24, 16)) if planned else {})
+    if not planned:  # no tensor tells the heads of a size that is not published
+        with pytest.raises(ValueError, match="how many attention heads"):
+            publish(theirs, tmp_path / "ours", *BY_HAND)
+        return
+    encoder = publish(theirs, tmp_path / "ours")
+    assert encoder.config.model_type == name
+    with torch.no_grad():
+        assert difference(encoder(crop).last_hidden_state, tokens_of(network, crop)) < 1e-5
+    other = {"PrimusV2": "PrimusV3", "PrimusV3": "PrimusV2"}[version]
+    wrong = released(tmp_path / "wrong", network, plan(other, arguments, (16, 24, 16)))
+    with pytest.raises(ValueError, match="adaptation_plan.json|have no place in it"):
+        publish(wrong, tmp_path / "ours")
 
 
 def test_a_name_of_the_hub_is_taken_and_told(resenc, tmp_path, monkeypatch):

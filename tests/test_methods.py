@@ -38,7 +38,7 @@ def part(data, number, parts):
 
 
 def losses_and_gradients(name, architecture, rank=0, ranks=1):
-    recipe = recipe_of(name, architecture, *([ALIKE] if architecture == "primus" else []))
+    recipe = recipe_of(name, architecture, *([ALIKE] if architecture != "resenc" else []))
     model = model_of(name, recipe)
     data = part(batch_of(name, recipe, SAMPLES), rank, ranks)
     losses = model(**data)

@@ -25,6 +25,7 @@ from training.student import checkpoint_gradients
 
 PUBLISHED = {"reconstruction": 5.0, "consistency": 1.0, "contrastive": 0.1}
 PRIMUS = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+PRIMUS_V3 = PRIMUS | {"embed_widths": [4, 4, 6, 8]}
 RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 1, 2]}
 
 
@@ -50,7 +51,8 @@ def tiny_cva(
     mask_ratio=0.75,
 ):
     torch.manual_seed(0)
-    sizes = {"primus": PRIMUS | {"drop_path_rate": drop_path}, "resenc": RESENC}[name]
+    sizes = {"primus": PRIMUS, "primus_v3": PRIMUS_V3, "resenc": RESENC}[name]
+    sizes = sizes | ({} if name == "resenc" else {"drop_path_rate": drop_path})
     encoder, decoder = build_encoder(name, crop_size, {}, **sizes), {"decoder_layers": 1, "feature_decoder_heads": 4}
     objective = cva_objective(consistency, 0.5)
     model = build_cva(encoder, objective, weights, mask_ratio, decoder, teacher, 32, 16, precision)
@@ -167,7 +169,7 @@ def assert_all_but_the_teacher_is_trained(model, losses, weights):
     torch.testing.assert_close(losses["loss"].detach(), parts)
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("teacher", ["published", "same"])
 def test_composite_trains_everything_but_the_teacher(architecture, precision, teacher):
@@ -175,7 +177,7 @@ def test_composite_trains_everything_but_the_teacher(architecture, precision, te
     assert_all_but_the_teacher_is_trained(model, model(**batch()), PUBLISHED)
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 @pytest.mark.parametrize(
     ("weights", "teacher"),
     [
@@ -198,7 +200,7 @@ def test_only_what_the_terms_need_is_built(architecture, weights, teacher, mask_
     model.update_teacher(0.9)
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 def test_the_student_sees_what_is_visible_and_the_teacher_everything(architecture):
     model, data = tiny_cva(architecture), batch()
     hidden = data["mask"][:, None]
@@ -233,7 +235,7 @@ def test_visible_tokens_go_back_to_their_places():
         assert torch.equal(tokens[~shown], model.student.mask_token[0].expand(int((~shown).sum()), -1))
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 def test_embeddings_survive_bf16(architecture):
     """Pooled features of crops are alike; rounded to bfloat16 on the way, they would lose what tells them apart."""
     data = batch()
@@ -275,7 +277,7 @@ def test_reconstruction_is_of_the_target():
     assert model(**data | {"target": data["target"] + 1})["reconstruction"] != expected
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 def test_gradient_norms_are_those_of_each_term_where_it_enters_the_encoder(architecture):
     model, data = tiny_cva(architecture), batch()
     losses = model(**data, gradient_norms=True)
@@ -304,7 +306,7 @@ def test_dense_features_lie_where_their_voxels_are(architecture):
     assert difference.argmax() == torch.arange(48).view(4, 2, 6)[3, 0, 2]
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 def test_gradient_checkpointing_changes_nothing(architecture):
     plain, saving = tiny_cva(architecture), tiny_cva(architecture, checkpointing=True)
     for model in (plain, saving):
@@ -363,7 +365,7 @@ def test_features_do_not_collapse_to_the_monitors_at_the_start():
     assert 0 < losses["feature_variance"] <= 1
 
 
-@pytest.mark.parametrize("architecture", ["primus", "resenc"])
+@pytest.mark.parametrize("architecture", ["primus", "primus_v3", "resenc"])
 def test_saved_encoder_comes_back_bit_for_bit(architecture, tmp_path):
     encoder = tiny_cva(architecture).student.features.encoder.eval()
     encoder.save_pretrained(tmp_path)
@@ -381,7 +383,7 @@ def test_a_model_section_that_leaves_something_open_cannot_be_made():
         Half(architecture="half")
 
 
-@pytest.mark.parametrize("name", ["primus", "resenc"])
+@pytest.mark.parametrize("name", ["primus", "primus_v3", "resenc"])
 def test_what_transformers_would_swallow_is_refused(name):
     with pytest.raises(ValueError, match="Config does not take wdth"):
         build_encoder(name, (32, 32, 32), {}, wdth=8)

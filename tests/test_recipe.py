@@ -52,7 +52,10 @@ def test_overrides():
         (["train.warmup_steps=500"], r"train\.warmup_steps=500 must be below train\.steps"),
         (["model.hidden_size=100"], r"hidden_size=100 must be a multiple of 6 x heads"),
         (["model.size=M"], r"give either size or these three"),
-        (["model.architecture=vit"], r"model\.architecture=vit: there are 'primus', 'resenc'"),
+        (
+            ["model.architecture=vit"],
+            r"model\.architecture=vit: there are 'primus', 'primus_v2', 'primus_v3', 'resenc'",
+        ),
         (["model.architecture=resenc"], r"model\.hidden_sizes: missing"),
         (["optimizer.name=adam"], r"optimizer\.name=adam: there are 'adamw', 'sgd'"),
         (["spatial={}"], r"spatial: no such key in a recipe"),

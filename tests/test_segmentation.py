@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from dynamic_network_architectures.architectures.primus import Primus
+from dynamic_network_architectures.architectures.primus import Primus, PrimusV3
 from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode
 from monai.losses import DiceCELoss
 from safetensors.torch import save_file
@@ -18,8 +19,6 @@ from losses.segmentation import class_sums, segmentation_objective
 from models import architecture, build_encoder, load_encoder, load_segmentation, segmentation_class
 from models.conversion import segmentation_to_reference, to_reference
 from models.decoders import patch_decoder
-from models.masked_primus import MaskedPrimus
-from models.masked_resenc import MaskedResEnc
 from models.segmentation import Segmentation, model_to_save
 from models.warm_start import load_pretrained
 
@@ -37,9 +36,12 @@ assert not ours, ours
 CLASSES = {0: "background", 1: "anterior", 2: "posterior"}
 SIZES = {
     "primus": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "primus_v3": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "embed_widths": [4, 4, 6, 8]},
     "resenc": {"hidden_sizes": [4, 8, 8, 12], "strides": [1, 2, 1, 2], "depths": [1, 2, 2, 1]},
 }
-BOTH = pytest.mark.parametrize("name", ["primus", "resenc"])
+BOTH = pytest.mark.parametrize("name", SIZES)
+PRIMUS = 48, (8, 8, 8), 3, 2, 2, (16, 32, 24)
+WIDTHS = {"ch_per_level": (4, 4, 6, 8), "depth_per_level": (1, 1, 1)}
 CROP = (16, 32, 24)
 EQUAL = {"dice": 1.0, "cross_entropy": 1.0}
 
@@ -75,7 +77,8 @@ def test_the_network_is_nnunet_s(name, channels):
     """Their class takes all our weights, each under its name, and gives the same logits."""
     model = randomise(new_model(name, num_channels=channels)).eval()
     network = {
-        "primus": lambda: Primus(channels, 48, (8, 8, 8), 3, 2, 2, CROP, init_values=0.1, scale_attn_inner=True),
+        "primus": lambda: Primus(channels, *PRIMUS, init_values=0.1, scale_attn_inner=True),
+        "primus_v3": lambda: PrimusV3(channels, *PRIMUS, **WIDTHS),
         "resenc": lambda: reference_resenc(channels, SIZES["resenc"], classes=3),
     }[name]()
     network.load_state_dict(segmentation_to_reference(model), strict=True)
@@ -192,7 +195,7 @@ def test_the_composite_learns_under_accelerate_and_all_of_it(name):
 
 @BOTH
 def test_a_frozen_encoder_stays_as_it_is(name):
-    model = new_composite(name, frozen=True, **({"drop_path_rate": 0.5} if name == "primus" else {}))
+    model = new_composite(name, frozen=True, **({"drop_path_rate": 0.5} if name != "resenc" else {}))
     before = {key: parameter.clone() for key, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameter_groups(), lr=1e-2)
     decoder = {id(parameter) for parameter in model.student.decoder.parameters()}
@@ -242,15 +245,13 @@ def test_in_bfloat16_the_loss_is_float32():
 def pretrained_student(name, **sizes):
     torch.manual_seed(1)
     encoder = build_encoder(name, (16, 16, 16), {}, **{**SIZES[name], **sizes})
-    made = {
-        "primus": lambda: MaskedPrimus(encoder, 0.75, True, True, True, decoder_layers=1, feature_decoder_heads=2),
-        "resenc": lambda: MaskedResEnc(encoder, True, True, True),
-    }
-    return randomise(made[name]())
+    decoders = SimpleNamespace(decoder_layers=1, feature_decoder_heads=2)
+    return randomise(architecture(name).student(encoder, decoders, 0.75, reconstructs=True, dense=True, pooled=True))
 
 
 # a Primus whose decoder has the same widths for 1 channel and for 3 classes
 NARROW = {"primus": {"hidden_size": 12, "num_attention_heads": 2, "patch_size": (4, 4, 4)}, "resenc": {}}
+NARROW["primus_v3"] = NARROW["primus"] | {"embed_widths": [4, 4, 6]}
 
 
 @BOTH
@@ -271,10 +272,10 @@ def test_a_pretraining_gives_encoder_and_decoder_but_for_the_output(name, kept, 
     report = load_pretrained(composite.student, str(path))
     assert "of them the decoder's" in report
     assert "its shape" in report
-    output = {"primus": "decoder.3.", "resenc": "decoder.output."}[name]
+    output = "decoder.output." if name == "resenc" else "decoder.3."
     pretrained = student.state_dict()
     for key, tensor in composite.student.state_dict().items():
-        source = f"patch_{key}" if name == "primus" and key.startswith("decoder.") else key
+        source = f"patch_{key}" if name != "resenc" and key.startswith("decoder.") else key
         if key.startswith(output):
             assert torch.equal(tensor, fresh[key]), key
         elif not key.endswith("position_embedding"):  # of another crop

@@ -38,7 +38,7 @@ def test_every_recipe_trains(path):
         stages = len(recipe.model.strides)
         shallow = {"hidden_sizes": [4, *[8] * (stages - 1)], "depths": [1] * stages}
     elif recipe.model.size:
-        shallow = {"size": None, "hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+        shallow = {"size": None, "hidden_size": 288, "num_hidden_layers": 1, "num_attention_heads": 2}
     else:
         shallow = {}
     recipe.model = recipe.model.model_copy(update=shallow)

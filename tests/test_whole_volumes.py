@@ -18,6 +18,7 @@ from models.modeling_classification import CLASSIFICATION, REGRESSION, PoolingHe
 
 SIZES = {
     "primus": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "primus_v3": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "embed_widths": [4, 4, 6, 8]},
     "resenc": {"hidden_sizes": [4, 8, 12], "strides": [1, 2, 2], "depths": [1, 1, 1]},
 }
 CROP = (16, 32, 24)

@@ -197,6 +197,30 @@ Recipe `{recipe.get("name", "unknown")}`, {facts.get("step", "?")} of {train.get
 </details>"""
 
 
+TRAINER = """
+A file in a folder that `nnUNet_extTrainer` names, as nnU-Net has no command that loads this network:
+
+```python
+import torch
+from dynamic_network_architectures.architectures.primus import {network}
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
+
+
+class Pretrained(AbstractPrimus):
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        network = {built}
+        weights = torch.load("checkpoint_final.pth", weights_only=True)["network_weights"]
+        for part in ("down_projection", "eva"):  # all but the decoder
+            below = {{n.removeprefix(f"{{part}}."): w for n, w in weights.items() if n.startswith(f"{{part}}.")}}
+            network.get_submodule(part).load_state_dict(below)
+        return network
+```
+"""
+
+
 def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str, has_decoder: bool) -> str:
     """How nnU-Net loads the bundle; nothing where it has no such network.
 
@@ -215,26 +239,27 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     otherwise, turned = normalises_otherwise(config), turns_otherwise(config)
     note = f"\n\nIntensities: {otherwise}." if otherwise else ""
     note += f"\n\nAxes: {turned}." if turned else ""
-    released = ""
-    if names.released:
-        decoder = "pretrained too" if has_decoder else "freshly initialised"
-        channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
-        released = f"""
-
-With the released nnU-Net (2.8.1), in the bundle's folder; the decoder in the checkpoint is {decoder}:
-
+    by_release = f"-p {name} -pretrained_weights checkpoint_final.pth"
+    trainer, told = (
+        "",
+        f"; the decoder in the checkpoint is {'pretrained too' if has_decoder else 'freshly initialised'}",
+    )
+    if names.built_by:
+        built, network = names.built_by(config), names.network(config)["arch_class_name"]
+        by_release, trainer, told = f"-p {name} -tr Pretrained", TRAINER.format(network=network, built=built), ""
+    channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
+    released = f"""With the released nnU-Net (2.8.1), in the bundle's folder{told}:
+{trainer}
 ```bash
 mkdir -p $nnUNet_preprocessed/DATASET
 cp nnunet_plans.json $nnUNet_preprocessed/DATASET/{name}.json
 nnUNetv2_plan_and_preprocess -d DATASET_ID -overwrite_plans_name {name} -c {CONFIGURATION}
-nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {name} -pretrained_weights checkpoint_final.pth
+nnUNetv2_train DATASET {CONFIGURATION} FOLD {by_release}
 ```
 
 nnU-Net plans a network of its own for each dataset; the plans file adds this one, with its crop, spacing and
 normalisation, as the configuration `{CONFIGURATION}`. Images must have {channels}."""
-    return f"""## nnU-Net
-
-With nnU-Net's main branch (since July 2026):
+    main = f"""With nnU-Net's main branch (since July 2026):
 
 ```bash
 export nnssl_pretrained_models=FOLDER  # where it keeps what it downloads
@@ -243,7 +268,11 @@ nnUNetv2_train_pretrained DATASET 3d_fullres FOLD -p {plan} -tr {names.trainer}
 ```
 
 The dataset must have been planned before (`nnUNetv2_plan_and_preprocess -d DATASET --no_pp`), and with n channels the
-plan's name ends in n times `_Z`.{released}
+plan's name ends in n times `_Z`."""
+    ways = "\n\n".join([*([main] if names.trainer else []), *([released] if names.released else [])])
+    return f"""## nnU-Net
+
+{ways}
 
 nnU-Net reads a NIfTI file as it is stored, as [Z, Y, X]; this encoder was trained on the axes
 {config.preprocessing["orientation"]}. An encoder pretrained with `data.orientation=SAR` has nnU-Net's order for files

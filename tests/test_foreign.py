@@ -314,7 +314,7 @@ def test_a_later_primus_is_known_by_its_tokenizer(name, planned, tmp_path):
         assert difference(encoder(crop).last_hidden_state, tokens_of(network, crop)) < 1e-5
     other = {"PrimusV2": "PrimusV3", "PrimusV3": "PrimusV2"}[version]
     wrong = released(tmp_path / "wrong", network, plan(other, arguments, (16, 24, 16)))
-    with pytest.raises(ValueError, match="adaptation_plan.json|have no place in it"):
+    with pytest.raises(ValueError, match=r"adaptation_plan\.json|have no place in it"):
         publish(wrong, tmp_path / "ours")
 
 

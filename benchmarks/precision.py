@@ -64,7 +64,7 @@ def compare(found: Step, reference: Step) -> str:
 def print_steps(path: Path, overrides: list[str], with_cpu: bool, of_noise: bool) -> dict[tuple, nn.Module]:
     """The rows of a recipe; returns its convolutions by what they compute."""
     recipe = load_recipe(path, overrides, CVARecipe)
-    if recipe.model.architecture == "primus":
+    if hasattr(recipe.model, "drop_path_rate"):  # which is drawn anew each time
         recipe = load_recipe(path, [*overrides, "model.drop_path_rate=0"], CVARecipe)
     torch.manual_seed(0)
     model, volumes = build_model(recipe), recipe.train.batch_size

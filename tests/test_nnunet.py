@@ -224,9 +224,8 @@ class TwoSteps(nnUNetTrainer):
 """
 
 
-@pytest.mark.slow
-def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
-    encoder = resenc((32, 32, 32), **TINY_RESENC)
+def fine_tune_by_the_card(encoder, trainers, said, tmp_path):
+    """Follow the card's commands that speak of `said` with two small volumes, and this file of trainers; the losses."""
     written(checkpoint(encoder, None, "tiny", {}), tmp_path)
     (tmp_path / "nnunet_plans.json").write_text(json.dumps(released_plans(encoder.config)))
     raw = tmp_path / "raw" / "Dataset007_Foam"
@@ -238,15 +237,14 @@ def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
         save_nifti(raw / "labelsTr" / f"case{number}.nii.gz", (volume > np.median(volume)).astype(np.uint8))
     about = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "foam": 1}}
     (raw / "dataset.json").write_text(json.dumps({**about, "numTraining": 2, "file_ending": ".nii.gz"}))
-    (tmp_path / "trainers" / "two_steps.py").write_text(TRAINER)
-    crop = torch.randn(1, 1, 32, 32, 32)
-    torch.save(crop, tmp_path / "crop.pt")
+    (tmp_path / "trainers" / "two_steps.py").write_text(trainers)
     blocks = re.findall(r"```bash\n(.*?)```", nnunet_section(encoder, ".", False, "tiny", False), re.DOTALL)
-    (commands,) = (block for block in blocks if "-pretrained_weights" in block)
+    (commands,) = (block for block in blocks if said in block)
     for word, value in {
         "DATASET_ID": "7 -np 1 -npfp 1",
         "DATASET": "Dataset007_Foam",
         "FOLD": "all -device cpu -tr TwoSteps",
+        " -tr Pretrained": "",
     }.items():
         commands = commands.replace(word, value)
     folders = {"nnUNet_extTrainer": "trainers", "nnUNet_results": "results", "nnUNet_preprocessed": "preprocessed"}
@@ -256,16 +254,23 @@ def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
         ["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    results = tmp_path / "results" / "Dataset007_Foam" / f"TwoSteps__tiny__{CONFIGURATION}" / "fold_all"
+    assert (results / "checkpoint_final.pth").is_file()
+    assert (results / "validation" / "summary.json").is_file()
     losses = torch.load(tmp_path / "losses.pt")
     assert len(losses) == 2
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
+    encoder, crop = resenc((32, 32, 32), **TINY_RESENC), torch.randn(1, 1, 32, 32, 32)
+    torch.save(crop, tmp_path / "crop.pt")
+    fine_tune_by_the_card(encoder, TRAINER, "-pretrained_weights", tmp_path)
     with torch.no_grad():
         ours = encoder(crop, output_hidden_states=True).hidden_states
     for our_map, their_map in zip(ours, torch.load(tmp_path / "features.pt"), strict=True):
         assert difference(our_map, their_map) < 1e-5
-    results = tmp_path / "results" / "Dataset007_Foam" / f"TwoSteps__tiny__{CONFIGURATION}" / "fold_all"
-    assert (results / "checkpoint_final.pth").is_file()
-    assert (results / "validation" / "summary.json").is_file()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, assert_same_features_in_a_clean_process
 from dynamic_network_architectures.architectures import primus as reference
 from test_models import batch
-from test_nnunet import written
+from test_nnunet import TRAINER, fine_tune_by_the_card, written
 from test_recipe import load_recipe
 from test_reference import difference, load, randomise, shapes, tokens_of
 
@@ -304,6 +304,20 @@ def test_the_trainer_of_the_card_builds_their_network_with_our_weights(name, siz
         assert network(crop).shape == (1, 5, *CROP)
         assert difference(encoder(crop).last_hidden_state, tokens_of(network, crop)) < 2e-6
     assert CONFIGURATION in words
+
+
+@pytest.mark.slow
+@BOTH
+def test_the_release_fine_tunes_by_the_commands_of_the_card(name, tmp_path):
+    encoder, crop = encoder_of(name, (16, 16, 16)), torch.randn(1, 1, 16, 16, 16)
+    torch.save(crop, tmp_path / "crop.pt")
+    (trainer,) = re.findall(r"```python\n(.*?)```", nnunet_section(encoder, ".", False, "tiny", False), re.DOTALL)
+    two_steps = TRAINER.replace("nnUNetTrainer):", "Pretrained):").replace(
+        "network.encoder(", "network.down_projection("
+    )
+    fine_tune_by_the_card(encoder, trainer + two_steps, "-tr Pretrained", tmp_path)
+    with torch.no_grad():
+        assert difference(encoder.patch_embed(crop), torch.load(tmp_path / "features.pt")) < 1e-5
 
 
 @BOTH

@@ -198,8 +198,6 @@ Recipe `{recipe.get("name", "unknown")}`, {facts.get("step", "?")} of {train.get
 
 
 TRAINER = """
-A file in a folder that `nnUNet_extTrainer` names, as nnU-Net has no command that loads this network:
-
 ```python
 import torch
 from dynamic_network_architectures.architectures.primus import {network}
@@ -213,7 +211,7 @@ class Pretrained(AbstractPrimus):
     ):
         network = {built}
         weights = torch.load("checkpoint_final.pth", weights_only=True)["network_weights"]
-        for part in ("down_projection", "eva"):  # all but the decoder
+        for part in ("down_projection", "eva"):
             below = {{n.removeprefix(f"{{part}}."): w for n, w in weights.items() if n.startswith(f"{{part}}.")}}
             network.get_submodule(part).load_state_dict(below)
         return network
@@ -239,22 +237,20 @@ def nnunet_section(encoder: PreTrainedModel, where: str, on_hub: bool, name: str
     otherwise, turned = normalises_otherwise(config), turns_otherwise(config)
     note = f"\n\nIntensities: {otherwise}." if otherwise else ""
     note += f"\n\nAxes: {turned}." if turned else ""
-    by_release = f"-p {name} -pretrained_weights checkpoint_final.pth"
-    trainer, told = (
-        "",
-        f"; the decoder in the checkpoint is {'pretrained too' if has_decoder else 'freshly initialised'}",
-    )
-    if names.built_by:
-        built, network = names.built_by(config), names.network(config)["arch_class_name"]
-        by_release, trainer, told = f"-p {name} -tr Pretrained", TRAINER.format(network=network, built=built), ""
+    decoder = "pretrained too" if has_decoder else "freshly initialised"
+    told, trainer = f"; the decoder in the checkpoint is {decoder}:\n", ""
+    option, place = "-pretrained_weights checkpoint_final.pth", ""
+    if names.built_by:  # no command of its own loads this network
+        told = ", by a trainer that fills all but the decoder; save it as `trainers/pretrained.py`:\n"
+        trainer = TRAINER.format(network=names.network(config)["arch_class_name"], built=names.built_by(config))
+        option, place = "-tr Pretrained", "export nnUNet_extTrainer=$PWD/trainers\n"
     channels = f"{config.num_channels} channel{'s' if config.num_channels > 1 else ''}"
-    released = f"""With the released nnU-Net (2.8.1), in the bundle's folder{told}:
-{trainer}
+    released = f"""With the released nnU-Net (2.8.1), in the bundle's folder{told}{trainer}
 ```bash
-mkdir -p $nnUNet_preprocessed/DATASET
+{place}mkdir -p $nnUNet_preprocessed/DATASET
 cp nnunet_plans.json $nnUNet_preprocessed/DATASET/{name}.json
 nnUNetv2_plan_and_preprocess -d DATASET_ID -overwrite_plans_name {name} -c {CONFIGURATION}
-nnUNetv2_train DATASET {CONFIGURATION} FOLD {by_release}
+nnUNetv2_train DATASET {CONFIGURATION} FOLD -p {name} {option}
 ```
 
 nnU-Net plans a network of its own for each dataset; the plans file adds this one, with its crop, spacing and

@@ -3,11 +3,11 @@
     python benchmarks/resume.py recipes/resenc_l.yaml train.batch_size=2 'views.crop_size=[64,64,64]' \\
         'views.cells=[3,3,3]'
 
-One rank, on the GPU if there is one. Each strategy trains for 6 steps and writes a checkpoint after 3; from that, it and
-the next of --strategies go on. Prints one table: how many numbers of weights, teacher and moments are not, bit for bit,
-those of the checkpoint as training goes on, which fails the script; and what differs after 6 steps: numbers, and weights
-(norm of the difference over the norm). A strategy's own run differs in none where kernels are deterministic; how far they
-are tells a second whole run ("again"). Overrides work as for the scripts.
+One rank, on the GPU if there is one. Each strategy trains for 6 steps and writes a checkpoint after 3; from that one it
+and the next of --strategies go on. Prints one table: how many numbers of weights, teacher and moments are not, bit for
+bit, those of the checkpoint as training goes on, which fails the script; and what differs after 6 steps: numbers, and
+weights (norm of the difference over the norm). Where kernels are deterministic a strategy's own run differs in none; a
+second whole run ("again") tells how far they are from it. Overrides work as for the scripts.
 """
 
 import argparse

@@ -10,18 +10,19 @@ from collections.abc import Iterable
 
 def read(lines: Iterable[str]) -> dict:
     """`said`, the lines outside of tables, and `tables`, each a list of rows."""
-    said, tables, columns = [], [], None
+    said, tables, place = [], [], 0  # of a line in its table: 0 has the columns, 1 the rule below them
     for line in map(str.strip, lines):
         if not line.startswith("|"):
-            columns = None
+            place = 0
             said += [line] if line else []
             continue
         cells = [cell.strip() for cell in line[1:].removesuffix("|").split("|")]
-        if columns is None:
+        if place == 0:
             columns = cells
             tables.append([])
-        elif set(line) - set("|-: "):
+        elif place > 1:
             tables[-1].append(dict(zip(columns, cells, strict=True)))
+        place += 1
     return {"said": said, "tables": tables}
 
 

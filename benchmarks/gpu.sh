@@ -52,6 +52,7 @@ tested() { # a table of the tests; one that is skipped has told nothing
     python -m pytest -q -rA -p no:cacheprovider tests/test_gpu.py "$@" >"$output/pytest.log"
     code=$?
     cat "$output/pytest.log" >&2
+    echo
     echo '| test | result |'
     echo '|---|---|'
     sed -nE 's/^(PASSED|FAILED|ERROR|SKIPPED) (.*)/| \2 | \1 |/p' "$output/pytest.log" | sed 's/ - .* |/ |/'

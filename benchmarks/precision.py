@@ -105,8 +105,8 @@ def watched_convolutions(model: nn.Module) -> Iterator[dict[tuple, nn.Module]]:
         hook.remove()
 
 
-def print_convolution(kind: tuple, layer: nn.Module) -> None:
-    """Its row, of random numbers."""
+def print_convolution(kind: tuple, layer: nn.Module) -> float:
+    """Its row, of random numbers; returns the largest difference."""
     x = torch.randn(kind[2], device=DEVICE).bfloat16()
     weight, bias = (p.detach().bfloat16() if p is not None else None for p in (layer.weight, layer.bias))
     probe = None
@@ -120,9 +120,10 @@ def print_convolution(kind: tuple, layer: nn.Module) -> None:
             y = nn.functional.conv3d(*inputs, add, layer.stride, layer.padding)
         probe = torch.randn_like(y).bfloat16() if probe is None else probe
         results.append([y.detach(), *torch.autograd.grad(y, inputs, probe.to(dtype))])
-    worst = [f"{distance(b.float(), a):.1e}" for a, b in zip(*results)]
+    apart = [distance(b.float(), a) for a, b in zip(*results)]
     name, sizes, shape, stride = kind
-    print(f"|{name} {sizes}, stride {stride}|{shape}|{'|'.join(worst)}|", flush=True)
+    print(f"|{name} {sizes}, stride {stride}|{shape}|{'|'.join(f'{each:.1e}' for each in apart)}|", flush=True)
+    return max(apart)
 
 
 def main() -> None:
@@ -131,6 +132,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="and what a CPU computes: for small sizes")
     parser.add_argument("--noise", action="store_true", help="crops of a volume of noise")
     parser.add_argument("--convolutions", action="store_true", help="and each of them by itself")
+    parser.add_argument(
+        "--worst", type=float, default=float("inf"), help="what a convolution may differ by, else exit 1"
+    )
     arguments = parser.parse_intermixed_args()
     overrides = [a for a in arguments.arguments if "=" in a]
     torch.backends.cudnn.benchmark = True
@@ -144,8 +148,9 @@ def main() -> None:
         return
     torch.backends.fp32_precision = "ieee"
     print("\n|convolution|input|output|gradient of the input|gradient of the weight|\n|" + "-|" * 5, flush=True)
-    for kind, layer in kinds.items():
-        print_convolution(kind, layer)
+    worst = max(print_convolution(kind, layer) for kind, layer in kinds.items())
+    if not worst <= arguments.worst:
+        sys.exit(f"a convolution in bf16 differs by {worst:.1e} from fp32")
 
 
 if __name__ == "__main__":

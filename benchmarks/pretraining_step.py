@@ -1,7 +1,7 @@
 """Time the steps of recipes on one device: their script itself, on a volume of noise.
 
     python benchmarks/pretraining_step.py recipes/primus_m.yaml recipes/resenc_l.yaml --peak-tflops 989 \\
-        --variants run.compile=true run.gradient_checkpointing=true
+        --variants run.compile=true run.gradient_checkpointing=true --strategies ddp zero2
     python benchmarks/pretraining_step.py recipes/demo.yaml --steps 5
 
 A step is what the script does between two logs: it makes the views on the device, from blocks that the recipe's loader
@@ -20,18 +20,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cpu_ranks import offer_fsdp
 from benchmarks.script_runs import in_new_process, open_recipe, train_some_steps, write_noise
 from planning.plan import memory, weights_of
 from training.estimate import noise_batch, step_cost
 from training.run import Run, Step
 
-DDP = Path(__file__).resolve().parents[1] / "ds_configs" / "ddp.json"
+CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 WARM_UP = 4  # steps
 GPU = torch.cuda.is_available()
 
@@ -95,7 +97,7 @@ class Watch:
         return lines
 
 
-def measure(path: Path, overrides: list[str], steps: int, kernels: int) -> dict:
+def measure(path: Path, overrides: list[str], strategy: str, steps: int, kernels: int) -> dict:
     """Train for some steps, in a process that has not trained before."""
     script, recipe = open_recipe(path, overrides)
     _, plain = open_recipe(path, [*overrides, "run.gradient_checkpointing=false"])
@@ -103,9 +105,21 @@ def measure(path: Path, overrides: list[str], steps: int, kernels: int) -> dict:
     micro_batches, last = recipe.train.accumulate, WARM_UP + steps - 1
     flops = micro_batches * step_cost(script.build_model(plain), sample, recipe.train.batch_size // micro_batches).flops
     watch = Watch(last)
+    if strategy == "fsdp2" and not GPU:
+        offer_fsdp()
     with tempfile.TemporaryDirectory() as folder:
         data, output = write_noise(Path(folder) / "data", recipe), Path(folder) / "run"
-        command = ["--config", DDP, "--recipe", path, "--data", data, "--output", output, *overrides]
+        command = [
+            "--config",
+            CONFIGS / f"{strategy}.json",
+            "--recipe",
+            path,
+            "--data",
+            data,
+            "--output",
+            output,
+            *overrides,
+        ]
         train_some_steps(command, last + 1 + 2 * bool(kernels), watch, script)
     before, taken = watch.seconds()[:WARM_UP], watch.seconds()[WARM_UP:]
     median = statistics.median(taken)
@@ -127,6 +141,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="recipe.yaml | key.subkey=value")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--strategies", nargs="+", default=["ddp"], choices=sorted(f.stem for f in CONFIGS.iterdir()))
     parser.add_argument("--variants", nargs="*", default=[], metavar="key.subkey=value")
     parser.add_argument("--only-variants", action="store_true", help="leave out the rows of the recipes as they are")
     parser.add_argument("--kernels", type=int, default=0, help="tell so many kernels that take most time; on a GPU")
@@ -134,17 +149,18 @@ def main() -> None:
     overrides = [a for a in arguments.arguments if "=" in a]
     name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
-    columns = ["recipe", "variant", "precision", "volumes", "s/step", "max/min", "waiting", "first s"]
+    columns = ["recipe", "variant", "strategy", "precision", "volumes", "s/step", "max/min", "waiting", "first s"]
     columns += ["peak GB (first)", "plan GB", "TFLOPs/step", "TFLOP/s", "of peak"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for path in (Path(a) for a in arguments.arguments if "=" not in a):
-        for variant in [*([] if arguments.only_variants else [""]), *arguments.variants]:
+        variants = [*([] if arguments.only_variants else [""]), *arguments.variants]
+        for variant, strategy in product(variants, arguments.strategies):
             changed = [*overrides, variant] if variant else overrides
             _, recipe = open_recipe(path, changed)
-            row = in_new_process(measure, path, changed, arguments.steps, arguments.kernels * GPU)
+            row = in_new_process(measure, path, changed, strategy, arguments.steps, arguments.kernels * GPU)
             rate = row["TFLOPs"] / row["s/step"]
             share = f"{100 * rate / arguments.peak_tflops:.0f} %" if arguments.peak_tflops else "-"
-            cells = [recipe.name, variant or "-", recipe.train.precision, recipe.train.batch_size]
+            cells = [recipe.name, variant or "-", strategy, recipe.train.precision, recipe.train.batch_size]
             cells += [f"{row['s/step']:.4f}", f"{row['spread']:.2f}", f"{100 * row['waiting']:.0f} %"]
             cells += [f"{row['first']:.1f}", f"{row['GB']:.2f} ({row['GB at first']:.2f})", f"{row['GB planned']:.2f}"]
             cells += [f"{row['TFLOPs']:.2f}", f"{rate:.2f}", share]

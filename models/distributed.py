@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# torch 2.14 warns of the names of before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass
 class Traffic:
@@ -45,14 +49,14 @@ def note_traffic(**more: int) -> None:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
-        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, tensor.contiguous())
-        return torch.stack(gathered)
+        gathered = tensor.new_empty(dist.get_world_size(), *tensor.shape)  # not a tensor a rank: they may be thousands
+        _all_gather(gathered, tensor.contiguous()[None])
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient):
         own = gradient.new_empty(1, *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())  # every rank's loss may depend on every rank's rows
+        _reduce_scatter(own, gradient.contiguous())  # every rank's loss may depend on every rank's rows
         return own[0]
 
 

@@ -217,11 +217,14 @@ def _gathered_bytes(recipe: Recipe) -> int:
 def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline, offload: bool) -> Iterator[Parts]:
     trained, teacher = elements(weights, lambda w: fsdp2_shard(w, ranks))
     whole = elements(weights)[0]
-    root, root_teacher = elements([w for w in weights if not w.unit])
+    in_root = [w for w in weights if not w.unit]
+    root = elements(in_root)[0]
+    # gathered and reduced with the padding of all ranks, which is most of a weight of few rows
+    padded_root, padded_teacher = elements(in_root, lambda w: ranks * fsdp2_shard(w, ranks))
     sizes: dict[str, int] = {}
     for weight in weights:
         if weight.unit:
-            sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.size
+            sizes[weight.unit] = sizes.get(weight.unit, 0) + ranks * fsdp2_shard(weight, ranks)
     largest = max(sizes.values(), default=0)
     reduced, block = BYTES * largest, _gathered_bytes(recipe) * largest
     states = BYTES * optimiser_copies(recipe) * trained
@@ -230,9 +233,11 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
     if offload:
         fixed = {"host": 2 * BYTES * trained + states + BYTES * teacher}
         here = 0
-    gathered = BYTES * (root + root_teacher)  # what is in no unit stays whole from first use to the end of the step
+    gathered = BYTES * (padded_root + padded_teacher)  # what is in no unit stays whole until the step ends
     waiting = BYTES * whole if recipe.train.accumulate > 1 else 0  # Accelerate reduces only the last micro-batch
     in_flight, reducing = (block, reduced) if ranks > 1 else (0, 0)
+    if ranks > 1:
+        yield _joined(fixed, {"parameters": gathered, "communication": gathered})  # sent flat, copied weight by weight
     copies = 0
     if not recipe.run.gradient_checkpointing:  # in the timeline autocast keeps one of each weight until its gradient
         copies = (BYTES - _gathered_bytes(recipe)) * elements([w for w in weights if w.unit])[0]
@@ -253,7 +258,7 @@ def _fsdp2(weights: list[Weight], recipe: Recipe, ranks: int, timeline: Timeline
     sharded = BYTES * trained * here
     yield _joined(
         fixed,
-        {"parameters": gathered, "gradients": sharded + BYTES * root, "communication": BYTES * root},
+        {"parameters": gathered, "gradients": sharded + BYTES * root, "communication": BYTES * padded_root},
     )
     yield _joined(fixed, {"gradients": sharded + (_sgd_copy(recipe, trained) if here else 0)})
 

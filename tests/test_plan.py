@@ -234,37 +234,18 @@ def test_what_more_ranks_and_offloading_save(name):
 
 HEADS = """
 import sys
-import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 import train_cva
+from benchmarks.collectives import Collectives, pretended_ranks
 from training.estimate import noise_batch
 from training.recipe import load_recipe
 
-ranks, sent = 4, 0
+ranks = 4
 recipe = load_recipe(train_cva.DEMO, sys.argv[1:], train_cva.CVARecipe)
 model = train_cva.build_model(recipe)
-per_rank = recipe.train.batch_size // ranks
-batch = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, per_rank)
-dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-
-def all_gather(gathered, tensor):
-    global sent
-    sent += (ranks - 1) * tensor.nbytes
-    for place in gathered:
-        place.copy_(tensor)
-
-def all_reduce(tensor):
-    global sent
-    sent += 2 * (ranks - 1) / ranks * tensor.nbytes
-
-def reduce_scatter(own, tensor):
-    global sent
-    sent += (ranks - 1) * own.nbytes
-
-dist.all_gather, dist.all_reduce, dist.reduce_scatter_tensor = all_gather, all_reduce, reduce_scatter
-model(**batch)["loss"].backward()
-print("sent", sent)
+batch = noise_batch(train_cva.build_stream, train_cva.make_batch, recipe, recipe.train.batch_size // ranks)
+with pretended_ranks(ranks), Collectives() as found:
+    model(**batch)["loss"].backward()
+print("sent", sum(call.sent(ranks) for call in found.calls))
 """
 
 

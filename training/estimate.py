@@ -1,7 +1,8 @@
 """What a step will cost, found by running it on tensors without data."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -128,13 +129,14 @@ class _LiveBytes(TorchDispatchMode):
         self._note()
 
 
-def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
+def step_cost(model: nn.Module, sample: Batch, volumes: int, watch: Sequence[TorchDispatchMode] = ()) -> StepCost:
     """Find what one forward and backward pass takes; nothing is computed or allocated.
 
     Args:
-        model: on the CPU, not yet wrapped, without a process group.
+        model: on the CPU, not yet wrapped, without a process group or in one that only pretends.
         sample: a batch of one volume (`noise_batch`), of which the shapes count.
         volumes: in the batch to be counted.
+        watch: see every operator too.
     """
     with FakeTensorMode() as mode, _Operations() as operations, count_traffic() as traffic:
         held = (*model.named_parameters(), *model.named_buffers())
@@ -143,7 +145,9 @@ def step_cost(model: nn.Module, sample: Batch, volumes: int) -> StepCost:
         for weight in weights.values():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(live.keep_gradient)
-        with live:
+        with live, ExitStack() as watchers:
+            for watcher in watch:
+                watchers.enter_context(watcher)
             fakes: dict[int, torch.Tensor] = {}  # one for each tensor: a batch may hold the same one twice
             for tensor in sample.values():
                 shape = (volumes * tensor.shape[0], *tensor.shape[1:])

@@ -42,7 +42,7 @@ def make_accelerator(
     Raises:
         ValueError: if the file asks for something that this launch cannot give.
     """
-    _stand_alone()
+    stand_alone()
     plugins, backend = {}, "nccl" if torch.cuda.is_available() else "gloo"
     if strategy.kind == "ddp":
         plugins["kwargs_handlers"] = [_build(DistributedDataParallelKwargs, strategy.settings, strategy)]
@@ -220,7 +220,7 @@ def _quiet_deepspeed_on_cpu() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _stand_alone() -> None:
+def stand_alone() -> None:
     """Without a distributed launcher, be a group of one; DeepSpeed would look for MPI."""
     if "LOCAL_RANK" in os.environ:
         return

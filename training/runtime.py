@@ -119,7 +119,7 @@ def shard_blocks_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> No
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})  # they are renamed
 
 
-def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
+def compile_blocks(model: torch.nn.Module, strategy: Strategy, backend: str | Callable = "inductor") -> None:
     """torch.compile each block of the networks; the rest is small."""
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
@@ -128,7 +128,9 @@ def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
     blocks = _blocks(model)
     torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
     for block in blocks:
-        block.compile(dynamic=False)  # they share code: torch would compile the second shape for all shapes
+        block.compile(
+            dynamic=False, backend=backend
+        )  # they share code: torch would compile the second shape for all shapes
 
 
 def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: dict[str, Any]) -> bool:

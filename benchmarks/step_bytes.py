@@ -6,9 +6,9 @@
 Prints a table a recipe, of one rank that takes the whole batch: for each part, forward and backward, its operations (a
 multiply-add counts as two), the bytes that operators read and write, how many of them by operators that multiply
 matrices, convolve or attend, and the most that is live of activations and of what operators pass on, without weights
-and their gradients. An operator moves each of its tensors once, whole; views are free. Eager, the operators are those of
-PyTorch. With --compiled a second table has what `run.compile` compiles as Inductor fuses it, counted by Inductor on its
-own plan of the kernels, of which none is made; it plans for a CPU here, so a GPU's may be fused a little otherwise.
+and their gradients. An operator moves each of its tensors once, whole; views are free. Eager, the operators are those
+of PyTorch. With --compiled a second table has what `run.compile` compiles as Inductor fuses it, counted by Inductor on
+its own plan of the kernels, of which none is made; it plans for a CPU here, so a GPU may fuse a little otherwise.
 Overrides work as for the scripts.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor
 from torch._inductor import memory as inductor_memory
 from torch._inductor.compile_fx import (
@@ -42,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.script_runs import open_recipe
 from training.estimate import FORMULAS, LiveBytes, noise_batch, step_cost
-from training.runtime import compile_blocks
+from training.runtime import compile_networks
 from training.strategy import read_strategy
 
 DDP = Path(__file__).resolve().parents[1] / "ds_configs" / "ddp.json"
@@ -57,7 +58,8 @@ PARTS = {  # modules of a composite, as far as it has them, and what of them to 
 LOSSES, REST = "losses", "between the parts"
 aten = torch.ops.aten
 FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-OVERWRITES = {aten.copy_, aten.zero_, aten.fill_, aten.bernoulli_}  # of what they change they read nothing
+UNREAD = {aten.copy_, aten.zero_, aten.fill_, aten.bernoulli_, aten.new_ones, aten.new_zeros, aten.new_full}
+UNREAD |= {aten.zeros_like, aten.ones_like, aten.full_like}  # what they are given first is a place or a shape
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -77,7 +79,7 @@ def moved_bytes(function, args, kwargs, result) -> int:
     places = {t.untyped_storage()._cdata for t in given}
     if not function._schema.is_mutable and given and all(t.untyped_storage()._cdata in places for t in made):
         return 0
-    if function.overloadpacket in OVERWRITES:
+    if function.overloadpacket in UNREAD:
         given = list(given)[1:]
     return sum(map(tensor_bytes, (*given, *made)))
 
@@ -185,10 +187,7 @@ def plan_kernels(watch: Callable[[], PartBytes], module: torch.fx.GraphModule, i
     multiplying = sum(size for node, size in sizes if isinstance(node, ExternKernelSchedulerNode))
     counts = sum(size for _, size in sizes), multiplying, extra
 
-    def run(*args):
-        return watch().run_fused(module, *counts, *args)
-
-    return run
+    return make_boxed_func(partial(watch().run_fused, module, *counts))
 
 
 def part_bytes(path: Path, overrides: list[str], compiled: bool) -> dict[str, Row]:
@@ -200,7 +199,7 @@ def part_bytes(path: Path, overrides: list[str], compiled: bool) -> dict[str, Ro
     if compiled:
         torch._dynamo.reset()
         plan = partial(compile_fx, inner_compile=partial(plan_kernels, lambda: watches[0]))
-        compile_blocks(model, read_strategy(DDP), backend=plan)
+        compile_networks(model, read_strategy(DDP), backend=plan)
 
     def follow(weights: list[torch.Tensor]) -> PartBytes:
         watches.append(PartBytes(weights))

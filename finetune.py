@@ -122,7 +122,7 @@ def build_model(recipe: SegmentationRecipe) -> Segmentation:
     encoder = build_fresh_encoder(recipe)
     model = segmentation_class(recipe.model.architecture).from_encoder(encoder, dict(enumerate(recipe.data.classes)))
     if recipe.run.gradient_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, recipe.run.gradient_checkpointing)
     terms, precision, section = recipe.loss.terms(), recipe.train.precision, recipe.encoder
     return Segmentation(model, segmentation_objective, terms, precision, section.frozen, section.layer_decay)
 

@@ -136,7 +136,7 @@ def build_model(recipe: WholeVolumesRecipe) -> Classification:
     network = classification_class(recipe.model.architecture)
     model = network.from_encoder(encoder, names, problem, recipe.head.pooling)
     if recipe.run.gradient_checkpointing:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, recipe.run.gradient_checkpointing)
     objective = classification_objective if recipe.classifies else regression_objective
     terms = {recipe.loss.name: 1.0}
     return Classification(model, objective, terms, recipe.train.precision, section.frozen, section.layer_decay)

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +35,7 @@ from benchmarks.collectives import Collective, Collectives, pretended_ranks
 from benchmarks.script_runs import open_recipe
 from models.distributed import Traffic
 from planning.plan import Weight, communication, elements, memory, weights_of
-from training.estimate import ATTENTION, StepCost, noise_batch, step_cost
+from training.estimate import FORMULAS, StepCost, noise_batch, step_cost
 from training.recipe import Recipe
 from training.strategy import Strategy, read_strategy
 
@@ -89,7 +88,6 @@ class Clock(TorchDispatchMode):
     def __init__(self, machine: Machine):
         super().__init__()
         self.machine, self.seconds = machine, 0.0
-        self.formulas = FlopCounterMode(display=False, custom_mapping=ATTENTION).flop_registry
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -100,7 +98,7 @@ class Clock(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         moved = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors) / self.machine.memory
         computed = 0.0
-        if formula := self.formulas.get(function.overloadpacket):
+        if formula := FORMULAS.get(function.overloadpacket):
             narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
             rate = self.machine.reached * (self.machine.peak if narrow else self.machine.peak_fp32)
             computed = formula(*args, **kwargs, out_val=result) / rate

@@ -36,8 +36,13 @@ def tokens_to_map(tokens: torch.Tensor, grid_size: tuple[int, ...]) -> torch.Ten
 
 def join_stages(stages: tuple[torch.Tensor, ...], stride: int = DENSE_STRIDE) -> torch.Tensor:
     """Feature maps of all stages of a ResEnc, the first of the crop's size -> one map `[B, D, x, y, z]`."""
+    return torch.cat(resize_stages(stages, stride), dim=1)
+
+
+def resize_stages(stages: tuple[torch.Tensor, ...], stride: int = DENSE_STRIDE) -> list[torch.Tensor]:
+    """The same before they are joined: `[B, C, x, y, z]` each."""
     grid_size = [size // stride for size in stages[0].shape[2:]]
-    return torch.cat([_resize(stage, grid_size) for stage in stages], dim=1)
+    return [_resize(stage, grid_size) for stage in stages]
 
 
 def _resize(stage: torch.Tensor, grid_size: list[int]) -> torch.Tensor:

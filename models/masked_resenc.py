@@ -7,7 +7,7 @@ from torch import nn
 
 from .configuration_resenc import ResEncConfig
 from .decoders import UNetDecoder
-from .features import join_stages
+from .features import resize_stages
 from .modeling_resenc import ResEncModel
 from .pretraining import StudentOutput
 
@@ -35,10 +35,15 @@ class ResEncFeatures(nn.Module):
 
     def describe(self, stages: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Feature maps of all stages -> dense features `[B, D, x, y, z]` and pooled features `[B, D]`."""
-        dense = join_stages(stages) if self.dense else None
+        cells = resize_stages(stages)
+        dense = torch.cat(cells, dim=1) if self.dense else None
         pooled = None
         if self.pooled:  # crops differ by a few percent of the mean, of which bfloat16 would leave a handful of levels
-            pooled = torch.cat([stage.mean(dim=(2, 3, 4), dtype=torch.float32) for stage in stages], dim=1)
+            parts = [  # of cells where these are means themselves: fine stages are the memory of this network
+                cell if all(n % m == 0 for n, m in zip(stage.shape[2:], cell.shape[2:])) else stage
+                for stage, cell in zip(stages, cells)
+            ]
+            pooled = torch.cat([part.mean(dim=(2, 3, 4), dtype=torch.float32) for part in parts], dim=1)
         return dense, pooled
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

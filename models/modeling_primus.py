@@ -37,9 +37,9 @@ def rotary_turns(grid_size, head_size, theta, like, num_register_tokens=0):
 def rotate(heads, turns):
     """Turn neighbouring channel pairs of `[B, heads, tokens, head_size]` by `rotary_turns`."""
     pairs = heads.to(turns.dtype).unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # the compiler fuses this, and knows no complex numbers
-        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    if torch.compiler.is_compiling():  # it knows no complex numbers, and makes one pass of this, several of a stack
+        cos, sin = turns[..., :1], turns[..., 1:]
+        turned = pairs * cos + pairs.flip(-1) * torch.cat((-sin, sin), dim=-1)
     else:  # the same in one pass over the memory
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
     return turned.flatten(-2).to(heads.dtype)
@@ -117,7 +117,7 @@ class PrimusMLP(nn.Module):
 class PrimusBlock(GradientCheckpointingLayer):
     """Pre-norm attention and MLP, each with LayerScale and, in training, DropPath."""
 
-    def __init__(self, config, num_heads, layer, drop_path):
+    def __init__(self, config, num_heads, layer):
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_eps
         output_std = config.initializer_range / math.sqrt(2 * (layer + 1))  # deeper layers start smaller, as in BEiT
@@ -128,18 +128,18 @@ class PrimusBlock(GradientCheckpointingLayer):
         self.mlp = PrimusMLP(config, output_std)
         self.scale2 = nn.Parameter(torch.full((size,), config.layer_scale_init))
         self.layer_scale_init = config.layer_scale_init
-        self.drop_path = drop_path
 
-    def gate(self, scale, x):
-        """LayerScale `[C]`; in training `[B, 1, C]`: 0 for samples that drop this branch, more for the others."""
-        if not self.training or self.drop_path == 0.0:
-            return scale
-        keep = 1.0 - self.drop_path
-        return scale * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+    def forward(self, x, turns, kept=None):
+        """Tokens `[B, N, C]`, `rotary_turns`, and of both branches what `drop_paths` draws."""
+        scale1, scale2 = (self.scale1, self.scale2) if kept is None else (self.scale1 * kept[0], self.scale2 * kept[1])
+        x = x + scale1 * self.attention(self.norm1(x), turns)
+        return x + scale2 * self.mlp(self.norm2(x))
 
-    def forward(self, x, turns):
-        x = x + self.gate(self.scale1, x) * self.attention(self.norm1(x), turns)
-        return x + self.gate(self.scale2, x) * self.mlp(self.norm2(x))
+
+def drop_paths(rate, x):
+    """For the two branches of a block `[B, 1, 1]` each: 0 for the samples of `x` that drop it, more for the others."""
+    branches = x.new_ones(2, x.shape[0], 1, 1)
+    return [branch.bernoulli_(1.0 - rate).div_(1.0 - rate) if rate else branch for branch in branches]
 
 
 class PrimusTransformer(nn.Module):
@@ -153,8 +153,8 @@ class PrimusTransformer(nn.Module):
         size, tokens = config.hidden_size, num_register_tokens + math.prod(config.grid_size)
         self.position_embedding = nn.Parameter(torch.zeros(1, tokens, size))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, size)) if num_register_tokens else None
-        rates = [drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
-        self.blocks = nn.ModuleList(PrimusBlock(config, num_heads, i, rate) for i, rate in enumerate(rates))
+        self.drop_path_rates = [drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
+        self.blocks = nn.ModuleList(PrimusBlock(config, num_heads, i) for i in range(num_layers))
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def positions(self, grid_size):
@@ -185,10 +185,12 @@ class PrimusTransformer(nn.Module):
             kept[:, :registers] = torch.arange(registers, device=kept.device)
             tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
             turns = turns[kept][:, None]  # [B, 1, R + K, head_size / 2, 2]
-        for block in self.blocks[:num_layers]:
+        drops = self.training and any(self.drop_path_rates)
+        for block, rate in zip(self.blocks[:num_layers], self.drop_path_rates):
             if hidden_states is not None:
                 hidden_states.append(tokens[:, registers:])
-            tokens = block(tokens, turns)
+            # drawn outside of the blocks, which are then one graph to torch.compile whatever their rates
+            tokens = block(tokens, turns, drop_paths(rate, tokens) if drops else None)
         if num_layers is None or num_layers == len(self.blocks):
             tokens = self.norm(tokens)
         return tokens[:, registers:]

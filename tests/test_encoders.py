@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_reference import difference, load, reference_primus, tokens_of
+from torch._dynamo.testing import CompileCounter
 
 from models import PrimusConfig, PrimusModel, ResEncConfig, ResEncModel
 
@@ -175,6 +176,22 @@ def test_masked_training_with_drop_path_compiles_into_one_graph():
     output = torch.compile(encoder, fullgraph=True, backend="aot_eager")(CROP, visible).last_hidden_state
     assert output.shape == (2, 6, 48)
     output.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_share_one_graph_whatever_their_drop_path():
+    torch.compiler.reset()
+    encoder, counter = small("primus", num_hidden_layers=4, drop_path_rate=0.3).train(), CompileCounter()
+    for block in encoder.transformer.blocks:
+        block.compile(backend=counter, dynamic=False)
+    torch.manual_seed(0)
+    compiled = encoder(CROP).last_hidden_state
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+    for block in encoder.transformer.blocks:
+        block._compiled_call_impl = None
+    torch.manual_seed(0)
+    torch.testing.assert_close(encoder(CROP).last_hidden_state, compiled)
 
 
 def test_attention_implementations_agree(tmp_path):

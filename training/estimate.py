@@ -26,6 +26,7 @@ ATTENTION = {  # the kernels of CPUs, of shapes; torch counts those of GPUs only
         sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
+FORMULAS = FlopCounterMode(display=False, custom_mapping=ATTENTION).flop_registry  # operator -> its operations
 
 
 class StepCost(NamedTuple):
@@ -75,19 +76,22 @@ class _Step(nn.Module):
 class _Operations(TorchDispatchMode):
     """Counts as `FlopCounterMode` does, without its hooks on modules, which keep what is recomputed until gc runs."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # whoever looks on may compile
+
     def __init__(self):
         super().__init__()
-        self.formulas = FlopCounterMode(display=False, custom_mapping=ATTENTION).flop_registry
         self.total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if formula := self.formulas.get(function.overloadpacket):
+        if formula := FORMULAS.get(function.overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the storages that operators return, from their first sight until Python and autograd let go of them."""
 
     def __init__(self, weights: list[torch.Tensor]):
@@ -129,19 +133,26 @@ class _LiveBytes(TorchDispatchMode):
         self._note()
 
 
-def step_cost(model: nn.Module, sample: Batch, volumes: int, watch: Sequence[TorchDispatchMode] = ()) -> StepCost:
+def step_cost(
+    model: nn.Module,
+    sample: Batch,
+    volumes: int,
+    follow: Callable[[list[torch.Tensor]], LiveBytes] = LiveBytes,
+    watch: Sequence[TorchDispatchMode] = (),
+) -> StepCost:
     """Find what one forward and backward pass takes; nothing is computed or allocated.
 
     Args:
         model: on the CPU, not yet wrapped, without a process group or in one that only pretends.
         sample: a batch of one volume (`noise_batch`), of which the shapes count.
         volumes: in the batch to be counted.
+        follow: made of the weights, keeps the bytes.
         watch: see every operator too.
     """
     with FakeTensorMode() as mode, _Operations() as operations, count_traffic() as traffic:
         held = (*model.named_parameters(), *model.named_buffers())
         weights = {name: mode.from_tensor(tensor) for name, tensor in held}
-        live = _LiveBytes([*weights.values()])
+        live = follow([*weights.values()])
         for weight in weights.values():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(live.keep_gradient)

@@ -40,7 +40,7 @@ from .optimizer import build_optimizer
 from .recipe import Recipe, flatten
 from .run_data import open_data
 from .runtime import (
-    compile_blocks,
+    compile_networks,
     describe_engine,
     end_tracker,
     from_main_rank,
@@ -118,7 +118,7 @@ class Run:
             model.update_teacher(momentum=0.0)  # the teacher starts as the student
             self.print(f"init        {report}")
         if recipe.run.compile:
-            compile_blocks(model, launch.strategy)
+            compile_networks(model, launch.strategy)
 
         self.data = open_data(launch, recipe, self.group, self.print)
         self.volumes, self.streamed = self.data.volumes, self.data.streamed

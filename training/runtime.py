@@ -119,16 +119,26 @@ def shard_blocks_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> No
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})  # they are renamed
 
 
-def compile_blocks(model: torch.nn.Module, strategy: Strategy) -> None:
-    """torch.compile each block of the networks; the rest is small."""
+def compile_networks(model: torch.nn.Module, strategy: Strategy, backend: str | Callable = "inductor") -> None:
+    """torch.compile the student, and what the teacher shares with it, piece by piece; heads, which are small, stay."""
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
-    torch._inductor.config.fallback_random = True  # drop-path draws what it draws without compilation
-    blocks = _blocks(model)
-    torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)  # each may be compiled for its own shape and drop-path
-    for block in blocks:
-        block.compile(dynamic=False)  # they share code: torch would compile the second shape for all shapes
+    networks = [model.student, *([model.teacher["features"]] if model.teacher is not None else [])]
+    pieces = [piece for network in networks for piece in _pieces(network, model._no_split_modules)]
+    torch._dynamo.config.recompile_limit = 8 + 4 * len(pieces)  # each may be compiled for its own shape
+    for piece in pieces:
+        piece.compile(dynamic=False, backend=backend)  # they share code: torch would compile the second for all shapes
+
+
+def _pieces(module: torch.nn.Module, blocks: list[str]) -> Iterator[torch.nn.Module]:
+    """The blocks of a network, and around them the largest modules without any; a lone layer has nothing to fuse."""
+    holds_blocks = any(type(part).__name__ in blocks for part in module.modules())
+    if type(module).__name__ in blocks or (not holds_blocks and [*module.children()]):
+        yield module
+    elif holds_blocks:
+        for child in module.children():
+            yield from _pieces(child, blocks)
 
 
 def start_tracker(accelerator: Accelerator, name: str, identity: str, numbers: dict[str, Any]) -> bool:

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data.normalisation import BOX
 from models import architecture, build_encoder
 
+from .estimate import FORMULAS
 from .intensity_in_words import normalisation, padding_value
 from .recipe import PretrainingRecipe, Recipe
 
@@ -67,13 +69,26 @@ def build_student(recipe: PretrainingRecipe, *, reconstructs: bool, dense: bool,
     wanted = {"reconstructs": reconstructs, "dense": dense, "pooled": pooled}
     student = architecture(recipe.model.architecture).student(encoder, recipe.model, recipe.mask.ratio, **wanted)
     if recipe.run.gradient_checkpointing:
-        checkpoint_gradients(student)
+        checkpoint_gradients(student, recipe.run.gradient_checkpointing)
     return student
 
 
-def checkpoint_gradients(student: nn.Module) -> None:
-    """Let each block keep its input only; the decoders' too, which transformers' own switch does not reach."""
+def checkpoint_gradients(student: nn.Module, how: Literal[True, "selective"] = True) -> None:
+    """Let each block keep its input only; the decoders' too, which transformers' own switch does not reach.
+
+    Args:
+        how: "selective" lets them keep what matrix products, convolutions and attention return as well, so that only
+            what is cheap is computed again: norms, activations, rotations, sums, changes of precision.
+    """
+    again = partial(checkpoint, use_reentrant=False)
+    if how == "selective":
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_what_multiplies))
     for module in student.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            module._gradient_checkpointing_func = again
+
+
+def _keep_what_multiplies(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    kept = operator.overloadpacket in FORMULAS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

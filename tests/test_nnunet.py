@@ -214,6 +214,8 @@ class TwoSteps(nnUNetTrainer):
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 2, 1
 
     def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
         with torch.no_grad():
             torch.save(self.network.encoder(torch.load("crop.pt")), "features.pt")
         super().on_train_start()

@@ -307,9 +307,9 @@ def test_the_trainer_of_the_card_builds_their_network_with_our_weights(name, siz
 
 
 @pytest.mark.slow
-@BOTH
-def test_the_release_fine_tunes_by_the_commands_of_the_card(name, tmp_path):
-    encoder, crop = encoder_of(name, (16, 16, 16)), torch.randn(1, 1, 16, 16, 16)
+def test_the_release_fine_tunes_by_the_commands_of_the_card(tmp_path):
+    encoder = encoder_of("primus_v3", (32, 32, 32), embed_widths=[4, 6, 6, 10])
+    crop = torch.randn(1, 1, 32, 32, 32)
     torch.save(crop, tmp_path / "crop.pt")
     (trainer,) = re.findall(r"```python\n(.*?)```", nnunet_section(encoder, ".", False, "tiny", False), re.DOTALL)
     two_steps = TRAINER.replace("nnUNetTrainer):", "Pretrained):").replace(

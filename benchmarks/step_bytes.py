@@ -8,10 +8,10 @@ multiply-add counts as two), the bytes that operators read and write, how many o
 matrices, convolve or attend, and the most that is live of activations and of what operators pass on, without weights
 and their gradients. An operator moves each of its tensors once, whole; views are free. Eager, the operators are those
 of PyTorch. With --compiled a second table has what `run.compile` compiles as Inductor fuses it, counted by Inductor on
-its own plan of the kernels, of which none is made: Triton's, which GPUs have, but matrix products, convolutions and
-attention are those of a CPU, convolutions with the changes of layout that it would make. Inductor counts each pass
-over a tensor; an eager operator (a norm) may take several that are not seen, so compilation wins more than the tables
-say. Overrides work as for the scripts.
+its own plan of the kernels, of which none is made: it is Triton's, which GPUs have, but matrix products, convolutions
+and attention are a CPU's, convolutions with the changes of layout it would make. A kernel moves each tensor once, also
+where (for a norm) it passes over it twice.
+Overrides work as for the scripts.
 """
 
 import argparse

@@ -39,7 +39,7 @@ RESENC = ["model={architecture: resenc, hidden_sizes: [8, 16, 32], strides: [1, 
 RESENC += ["mask.block=16"]
 SIMCLR = ["loss.reconstruction_weight=0", "loss.consistency=none", "loss.consistency_weight=0", "teacher=null"]
 SMALL = [*PRIMUS, "views.crop_size=[32,32,32]", "views.cells=[3,3,3]"]
-NARROW = [*SMALL, "model.hidden_size=384"]  # 76 MB of weights, 22 MB of activations
+NARROW = [*SMALL, "model.hidden_size=384", "train.precision=fp32"]  # 76 MB of weights, 22 MB of activations
 
 
 def recipe_of(*overrides):

@@ -19,7 +19,7 @@ TITLES = {
 FEWEST_SEEDS = 3  # of pretraining: fewer do not tell arms from luck
 NAMES = {"dice": "Dice", "nsd": "NSD at 1 mm"}
 COMPARED = [  # what is asked: whether the first is better than the second
-    ("MAE", "untrained"),
+    *((arm, "untrained") for arm in ("MAE", "MAE + contrastive", "MAE + CVA", "MAE + CVA + contrastive")),
     ("MAE + contrastive", "MAE"),
     ("MAE + CVA", "MAE"),
     ("MAE + CVA + contrastive", "MAE"),

@@ -172,7 +172,8 @@ def test_a_difference_is_called_one_only_where_seeds_and_cases_agree():
     base = cases + rng.normal(0, 0.02, (3, 4, 40, 2))
     by_seed = np.array([0.06, -0.05, 0.02])[:, None, None, None]
     rows = [row("untrained", base - 0.1), row("MAE", base), row("MAE + CVA", base + by_seed)]
-    _, _, trained, aligned = comparison_table(rows).splitlines()
+    _, _, trained, aligned_too, aligned = comparison_table(rows).splitlines()
+    assert "| MAE + CVA | untrained |" in aligned_too
     assert "| better |" in trained
     assert "+0.100 [" in trained
     assert "| no difference shown |" in aligned

@@ -170,7 +170,7 @@ def test_what_the_strategies_call(name, ranks):
     cost = step_cost(model, sample, 1)
     strategy, weights = read_strategy(config(name)), weights_of(model)
     planned = communication(weights, recipe, strategy, ranks, cost.traffic)
-    slack = {"fsdp2": 0.03}.get(name, 1e-3)  # FSDP2 gathers a block of the teacher ahead that is not needed again
+    slack = {"fsdp2": 0.05}.get(name, 1e-3)  # FSDP2 gathers a block of the teacher ahead that is not needed again
     assert sum(planned.values()) == pytest.approx(sum(call.sent(ranks) for call in calls), rel=slack)
     with pretended_ranks(ranks), Collectives() as own:
         model(**sample)["loss"].backward()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -249,6 +250,8 @@ def main() -> None:
     parser.add_argument("--card-gb", type=float, default=80, help="drawn in the picture")
     parser.add_argument("--picture", type=Path)
     a = parser.parse_intermixed_args()
+    if not hasattr(dist, "all_gather_single"):
+        parser.error(f"needs torch 2.14 or newer, to gather tensors without data: this is {torch.__version__}")
     machine = Machine(
         a.peak_tflops * 1e12,
         a.peak_tflops_fp32 * 1e12,

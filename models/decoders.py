@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .modeling_primus import InputNorm
 from .modeling_resenc import ConvNorm, init_resenc_weights
@@ -47,13 +46,6 @@ def init_patch_decoder_weights(convolution):
     nn.init.zeros_(convolution.bias)
 
 
-class UNetStage(GradientCheckpointingLayer, ConvNorm):
-    """What comes from below beside the skip, through one convolution."""
-
-    def forward(self, x, skip):
-        return ConvNorm.forward(self, torch.cat((x, skip), dim=1))
-
-
 class UNetDecoder(nn.Module):
     """nnU-Net's decoder: transposed convolution, concatenation with the skip, one convolution, stage by stage."""
 
@@ -64,7 +56,7 @@ class UNetDecoder(nn.Module):
             nn.ConvTranspose3d(below, here, stride, stride)
             for below, here, stride in zip(coarse, fine, reversed(strides[1:]))
         )
-        self.stages = nn.ModuleList(UNetStage(2 * here, here, 3, eps=eps) for here in fine)
+        self.stages = nn.ModuleList(ConvNorm(2 * here, here, 3, eps=eps) for here in fine)
         self.output = nn.Conv3d(hidden_sizes[0], out_channels, 1)
         self.apply(init_resenc_weights)
 
@@ -72,5 +64,5 @@ class UNetDecoder(nn.Module):
         """The encoder's feature maps, fine to coarse -> `[B, out_channels, X, Y, Z]`."""
         x = stages[-1]
         for upsample, stage, skip in zip(self.upsample, self.stages, stages[-2::-1]):
-            x = stage(upsample(x), skip)
+            x = stage(torch.cat((upsample(x), skip), dim=1))
         return self.output(x)

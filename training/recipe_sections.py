@@ -270,8 +270,8 @@ class Running(Section):
     export_every: PositiveInt  # checkpoints: encoder/, pretraining.safetensors and report/, by a thread; and at the end
     evaluate_every: Annotated[int, Field(ge=0)]  # steps, of checkpoints: judge the encoder; and at the end; 0: never
     checkpoint_in_background: bool  # training goes on while one is written; needs host memory for its share
-    # true: a third to two thirds of the memory less, a sixth of the operations more; selective: up to two fifths less,
-    # and nothing that multiplies is computed again
+    # true: a third to two thirds of the memory less, a sixth of the operations more; selective: a tenth to two
+    # fifths less, and nothing that multiplies is computed again
     gradient_checkpointing: bool | Literal["selective"]
     compile: bool  # the networks, by torch.compile; not under ZeRO-3
 

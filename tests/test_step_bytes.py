@@ -65,6 +65,7 @@ def test_parts_of_a_recipe():
 def test_fused_operators_move_less():
     eager, compiled = table(), table(compiled=True)
     for part in ("student encoder", "teacher encoder", "student encoder, backward"):
-        assert compiled[part].moved < 0.9 * eager[part].moved
-        assert compiled[part].flops == pytest.approx(eager[part].flops, rel=0.01)
-    assert max(row.peak for row in compiled.values()) < max(row.peak for row in eager.values())
+        plain, fused = eager[part], compiled[part]
+        assert fused.flops == pytest.approx(plain.flops, rel=0.01)
+        assert fused.multiplying == pytest.approx(plain.multiplying, rel=0.2)
+        assert fused.moved - fused.multiplying < 0.95 * (plain.moved - plain.multiplying)

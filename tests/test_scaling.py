@@ -14,7 +14,7 @@ from benchmarks import scaling
 from benchmarks.collectives import Collective, Collectives, pretended_ranks
 from benchmarks.scaling import Machine, calls_of, count, step_parts
 from models.distributed import Traffic
-from planning.plan import communication, weights_of
+from planning.plan import communication, fsdp2_shard, weights_of
 from training.estimate import noise_batch, step_cost
 from training.recipe import load_recipe
 from training.strategy import read_strategy
@@ -170,9 +170,13 @@ def test_what_the_strategies_call(name, ranks):
     cost = step_cost(model, sample, 1)
     strategy, weights = read_strategy(config(name)), weights_of(model)
     planned = communication(weights, recipe, strategy, ranks, cost.traffic)
-    slack = {"fsdp2": 0.05}.get(name, 1e-3)  # FSDP2 gathers a block of the teacher ahead that is not needed again
-    assert sum(planned.values()) == pytest.approx(sum(call.sent(ranks) for call in calls), rel=slack)
+    expected = sum(planned.values())
+    if name == "fsdp2":  # gathers the teacher's last block ahead of a backward pass that does not need it
+        last = [w for w in weights if w.unit and not w.trained][-1].unit
+        size = 4 * ranks * sum(fsdp2_shard(w, ranks) for w in weights if w.unit == last)
+        expected += Collective("all-gather", size, False).sent(ranks)
+    assert expected == pytest.approx(sum(call.sent(ranks) for call in calls), rel=1e-3)
     with pretended_ranks(ranks), Collectives() as own:
         model(**sample)["loss"].backward()
-    expected = sum(calls_of(weights, strategy).values()) + len(own.calls)
-    assert abs(len(calls) - expected) <= 3, (len(calls), expected)  # and whether all is finite
+    number = sum(calls_of(weights, strategy).values()) + len(own.calls)
+    assert abs(len(calls) - number) <= 3, (len(calls), number)  # and whether all is finite

@@ -7,9 +7,10 @@
 Decathlon. Some subjects are tested on and never pretrained on. With `--pretrain-on`, encoders see the volumes of that
 folder instead, less those of the same subjects (see draw_heads.py). Every arm takes as many FLOPs as all steps of
 recipes/small_NETWORK.yaml, counted; its learning rate is the one of `--rates` whose encoder, after a share of that,
-is probed best on training subjects. Then several seeds are pretrained, their frozen features are probed with few
-labels, alone and together with the place of each cell, and the core arms are fine-tuned by
-recipes/segmentation_small.yaml, each at the one of `--finetune-rates` that serves it best on training subjects.
+does best on training subjects: probed, or fine-tuned with `--tune-by finetune`, since a probe may prefer rates that
+harm fine-tuning. Then several seeds are pretrained, their frozen features are probed with few labels, alone and
+together with the place of each cell, and the core arms are fine-tuned by recipes/segmentation_small.yaml, each at the
+one of `--finetune-rates` that serves it best on training subjects.
 
 Done is done: killed or stopped, run it again; with more seeds, arms or budgets, only what is missing is computed.
 OUTPUT/results.json has every single result, OUTPUT/table.md and OUTPUT/curves.png what they come to. Overrides of the
@@ -95,6 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test", type=int, default=60, help="volumes that are tested on (%(default)s)")
     add("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 9e-3], help="learning rates (%(default)s)")
     add("--tuning-share", type=float, default=0.25, help="of the compute, for each rate (%(default)s)")
+    add("--tune-by", choices=("probe", "finetune"), default="probe", help="what chooses between rates (%(default)s)")
     add("--budgets", nargs="+", type=int, default=[1, 2, 5, 10, 20, 40], help="labelled volumes (%(default)s)")
     add("--draws", type=int, default=4, help="of labelled volumes (%(default)s)")
     add("--nsd-budgets", nargs="*", type=int, default=[5, 20], help="of those, with surfaces scored (%(default)s)")
@@ -153,18 +155,26 @@ class Experiment:
         return [*numbers, *length(share * compute(one.network, overrides), a_step), f"optimizer.learning_rate={rate}"]
 
     def rate(self, one: One) -> float | None:
-        """The learning rate of an arm: that of the best probe on training subjects of its split, of the first seed."""
+        """The learning rate of an arm: the best on training subjects of its split, of the first seed."""
         if is_untrained(one.arm):
             return None
+        if len(rates := self.asked.rates) == 1:
+            return rates[0]
         scores = {}
-        for rate in self.asked.rates:
-            first = one._replace(seed=0)
-            folder = first.folder(self.output).with_name(f"split{one.split}_rate{rate:g}")
-            numbers = self.numbers(first, rate, self.asked.tuning_share)
+        for rate, folder in self.rate_folders(one).items():
+            numbers = self.numbers(one._replace(seed=0), rate, self.asked.tuning_share)
             pretrain(one.arm, one.network, numbers, self.unlabelled, folder)
+            if self.asked.tune_by == "finetune":
+                scores[rate] = max(self.finetune_scores(folder, one.split).values())
+                continue
             judge = partial(tuning_score, folder / "encoder", self.volumes, self.splits[one.split].pool, self.classes)
             scores[rate] = kept(folder / "tuning.json", lambda judge=judge: {"dice": judge()})["dice"]
         return max(scores, key=scores.get)
+
+    def rate_folders(self, one: One) -> dict[float, Path]:
+        """By learning rate of pretraining, those that choose it for an arm and split."""
+        folder = one.folder(self.output)
+        return {rate: folder.with_name(f"split{one.split}_rate{rate:g}") for rate in self.asked.rates}
 
     def pretrain(self, one: One) -> dict:
         numbers = self.numbers(one, self.rate(one), 1.0)
@@ -198,23 +208,26 @@ class Experiment:
         grid = product(asked.finetune_budgets, range(asked.finetune_draws))
         return {(budget, number): folder / f"finetune_{budget}_{number}.json" for budget, number in grid}
 
-    def finetune_rate_files(self, one: One) -> dict[float, Path]:
-        """By learning rate, of an arm's first encoder of a split."""
-        folder = one._replace(seed=0).folder(self.output)
-        is_asked = one.arm in self.asked.finetune_arms and len(self.asked.finetune_rates) > 1
-        return {rate: folder / f"finetune_rate{rate:g}.json" for rate in self.asked.finetune_rates * is_asked}
+    def finetune_rate_files(self, folder: Path) -> dict[float, Path]:
+        """By learning rate of fine-tuning, of the encoder in `folder`."""
+        return {rate: folder / f"finetune_rate{rate:g}.json" for rate in self.asked.finetune_rates}
+
+    def finetune_scores(self, folder: Path, number: int) -> dict[float, float]:
+        """Dice on training subjects of a split, of the encoder in `folder`, by learning rate of fine-tuning."""
+        parts, scores = self.splits[number], {}
+        held_out = parts.pool[TUNING[0] : sum(TUNING)]
+        scored, others = ([self.volumes[number] for number in numbers] for numbers in (held_out, parts.test))
+        for rate, path in self.finetune_rate_files(folder).items():
+            where = folder / "encoder", self.labelled, folder / "finetuning", scored, others, self.classes
+            run = partial(fine_tune, *where, max(self.asked.finetune_budgets), 0, rate, self.asked.finetune_numbers)
+            scores[rate] = float(np.nanmean(kept(path, run)["dice"]))
+        return scores
 
     def finetune_rate(self, one: One) -> float:
         """The learning rate of an arm: the best on training subjects of its split, of the first seed and draw."""
         if len(rates := self.asked.finetune_rates) == 1:
             return rates[0]
-        parts, scores = self.splits[one.split], {}
-        held_out = parts.pool[TUNING[0] : sum(TUNING)]
-        scored, others = ([self.volumes[number] for number in numbers] for numbers in (held_out, parts.test))
-        for rate, path in self.finetune_rate_files(one).items():
-            where = path.parent / "encoder", self.labelled, path.parent / "finetuning", scored, others, self.classes
-            run = partial(fine_tune, *where, max(self.asked.finetune_budgets), 0, rate, self.asked.finetune_numbers)
-            scores[rate] = np.nanmean(kept(path, run)["dice"])
+        scores = self.finetune_scores(one._replace(seed=0).folder(self.output), one.split)
         return max(scores, key=scores.get)
 
     def finetune(self, one: One) -> None:
@@ -242,15 +255,20 @@ class Experiment:
             ]
             if missing and "pretrain" in asked.parts:
                 arms = {(one.arm, one.split) for one in missing if one.seed == 0}
-                whole = len(missing) + len(arms) * len(asked.rates) * asked.tuning_share
+                rates = len(asked.rates) * (len(asked.rates) > 1)
+                whole = len(missing) + len(arms) * rates * asked.tuning_share
                 seconds += whole * compute(network, asked.overrides) / speed(network, asked.overrides)
+                fine_tunings = len(arms) * rates * len(asked.finetune_rates) * (asked.tune_by == "finetune")
+                seconds += FINETUNE_SECONDS * fine_tunings
         if "probe" in asked.parts:
             for one in (*self.encoders(), *self.without_encoder()):
                 missing = sum(not self.probe_file(one, "probe", budget).exists() for budget in asked.budgets)
                 seconds += (CELLS_SECONDS + PROBE_SECONDS * asked.draws * missing) * (missing > 0)
         if "finetune" in asked.parts:
             paths = {path for one in self.encoders() for path in self.finetune_files(one).values()}
-            paths |= {path for one in self.encoders() for path in self.finetune_rate_files(one).values()}
+            for one in self.encoders():
+                if one.arm in asked.finetune_arms and len(asked.finetune_rates) > 1:
+                    paths |= {*self.finetune_rate_files(one._replace(seed=0).folder(self.output)).values()}
             seconds += FINETUNE_SECONDS * sum(not path.exists() for path in paths)
         return seconds / 3600
 

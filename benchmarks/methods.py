@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.script_runs import open_recipe
+from benchmarks.script_runs import open_recipe, recipes_and_overrides
 from planning.plan import elements, memory, weights_of
 from training.estimate import noise_batch, step_cost
 from training.strategy import read_strategy
@@ -27,9 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="recipe.yaml | key.subkey=value")
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for path in (Path(a) for a in arguments.arguments if "=" not in a):
+    for path in recipes:
         script, recipe = open_recipe(path, overrides)
         model, micro_batches = script.build_model(recipe), recipe.train.accumulate
         sample = noise_batch(script.build_stream, script.make_batch, recipe)

@@ -23,6 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measures import DEVICE
+from benchmarks.script_runs import recipes_and_overrides
 from data.demo import demo_volume
 from data.nifti import read_volume
 from data.stored_volume import HeldVolume
@@ -136,13 +137,13 @@ def main() -> None:
         "--worst", type=float, default=float("inf"), help="what a convolution may differ by, else exit 1"
     )
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     print("|recipe|what|against|losses, worst|gradients|worst weight|\n|" + "-|" * 6, flush=True)
     kinds = {}
-    for path in (Path(a) for a in arguments.arguments if "=" not in a):
+    for path in recipes:
         kinds |= print_steps(path, overrides, arguments.cpu, arguments.noise)
     if not arguments.convolutions:
         return

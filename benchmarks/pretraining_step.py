@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cpu_ranks import offer_fsdp
-from benchmarks.script_runs import in_new_process, open_recipe, train_some_steps, write_noise
+from benchmarks.script_runs import in_new_process, open_recipe, recipes_and_overrides, train_some_steps, write_noise
 from planning.plan import memory, weights_of
 from training.estimate import noise_batch, step_cost
 from training.run import Run, Step
@@ -109,18 +109,8 @@ def measure(path: Path, overrides: list[str], strategy: str, steps: int, kernels
         offer_fsdp()
     with tempfile.TemporaryDirectory() as folder:
         data, output = write_noise(Path(folder) / "data", recipe), Path(folder) / "run"
-        command = [
-            "--config",
-            CONFIGS / f"{strategy}.json",
-            "--recipe",
-            path,
-            "--data",
-            data,
-            "--output",
-            output,
-            *overrides,
-        ]
-        train_some_steps(command, last + 1 + 2 * bool(kernels), watch, script)
+        command = ["--config", CONFIGS / f"{strategy}.json", "--recipe", path, "--data", data, "--output", output]
+        train_some_steps([*command, *overrides], last + 1 + 2 * bool(kernels), watch, script)
     before, taken = watch.seconds()[:WARM_UP], watch.seconds()[WARM_UP:]
     median = statistics.median(taken)
     return {
@@ -146,13 +136,13 @@ def main() -> None:
     parser.add_argument("--only-variants", action="store_true", help="leave out the rows of the recipes as they are")
     parser.add_argument("--kernels", type=int, default=0, help="tell so many kernels that take most time; on a GPU")
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
     name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
     columns = ["recipe", "variant", "strategy", "precision", "volumes", "s/step", "max/min", "waiting", "first s"]
     columns += ["peak GB (first)", "plan GB", "TFLOPs/step", "TFLOP/s", "of peak"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    for path in (Path(a) for a in arguments.arguments if "=" not in a):
+    for path in recipes:
         variants = [*([] if arguments.only_variants else [""]), *arguments.variants]
         for variant, strategy in product(variants, arguments.strategies):
             changed = [*overrides, variant] if variant else overrides

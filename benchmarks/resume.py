@@ -24,7 +24,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cpu_ranks import offer_fsdp
-from benchmarks.script_runs import in_new_process, open_recipe, train, write_noise
+from benchmarks.script_runs import in_new_process, open_recipe, recipes_and_overrides, train, write_noise
 from training.run import Run, Step
 from training.state import pieces
 from training.strategy import read_strategy
@@ -74,19 +74,12 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="recipe.yaml | key.subkey=value")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["ddp", "zero2", "zero3", "fsdp2"])
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
-    columns = [
-        "recipe",
-        "trained by",
-        "taken up by",
-        "taken up otherwise",
-        "of",
-        "different at the end",
-        "weights differ",
-    ]
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
+    columns = ["recipe", "trained by", "taken up by", "taken up otherwise", "of", "different at the end"]
+    columns += ["weights differ"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     wrong = 0
-    for path in (Path(a) for a in arguments.arguments if "=" not in a):
+    for path in recipes:
         for first, second in zip(arguments.strategies, arguments.strategies[1:] + arguments.strategies[:1]):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)

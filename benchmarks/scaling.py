@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.collectives import Collective, Collectives, pretended_ranks
-from benchmarks.script_runs import open_recipe
+from benchmarks.script_runs import open_recipe, recipes_and_overrides
 from models.distributed import Traffic
 from planning.plan import Weight, communication, elements, memory, weights_of
 from training.estimate import FORMULAS, StepCost, noise_batch, step_cost
@@ -264,10 +264,10 @@ def main() -> None:
         a.ranks_of_a_node,
         a.overlap,
     )
-    overrides = [argument for argument in a.arguments if "=" in argument]
+    recipes, overrides = recipes_and_overrides(a.arguments)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     rows = []
-    for path in (Path(argument) for argument in a.arguments if "=" not in argument):
+    for path in recipes:
         rows += rows_of(path, overrides, a, machine)
     if a.picture:
         draw(rows, a.card_gb * 1e9, a.picture)

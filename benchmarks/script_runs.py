@@ -47,6 +47,11 @@ def script_of(path: Path) -> ModuleType:
     return importlib.import_module(script_name(numbers["method"]).removesuffix(".py"))
 
 
+def recipes_and_overrides(words: list[str]) -> tuple[list[Path], list[str]]:
+    """What a command line has in any order: files of recipes, and `key.subkey=value`."""
+    return [Path(word) for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
 def open_recipe(path: Path, overrides: list[str]) -> tuple[ModuleType, Recipe]:
     """A recipe of any method, and the script that reads it."""
     script = script_of(path)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.collectives import Collective, Collectives
 from benchmarks.cpu_ranks import offer_fsdp
-from benchmarks.script_runs import open_recipe, train_some_steps, write_noise
+from benchmarks.script_runs import open_recipe, recipes_and_overrides, train_some_steps, write_noise
 from planning.plan import communication, weights_of
 from training.estimate import noise_batch, step_cost
 from training.run import Run, Step
@@ -74,8 +74,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--worker", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
-    recipes = [Path(a) for a in arguments.arguments if "=" not in a]
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
     if arguments.worker:
         worker(arguments.worker[0], recipes[0], overrides, arguments.worker[1])
     print("| recipe | strategy | collectives | MB sent | MB planned | planned / sent |\n|---|---|---|---|---|---|")

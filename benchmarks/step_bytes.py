@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.script_runs import open_recipe
+from benchmarks.script_runs import open_recipe, recipes_and_overrides
 from training.estimate import FORMULAS, LiveBytes, noise_batch, step_cost
 from training.runtime import compile_networks
 from training.strategy import read_strategy
@@ -229,8 +229,8 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", metavar="recipe.yaml | key.subkey=value")
     parser.add_argument("--compiled", action="store_true", help="a second table, of what run.compile compiles")
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.arguments if "=" in a]
-    for path in (Path(a) for a in arguments.arguments if "=" not in a):
+    recipes, overrides = recipes_and_overrides(arguments.arguments)
+    for path in recipes:
         for compiled in (False, True)[: 1 + arguments.compiled]:
             rows = part_bytes(path, overrides, compiled)
             print(f"\n{path.stem}, {'compiled, fused as by Triton' if compiled else 'eager'}\n")

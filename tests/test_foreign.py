@@ -1,130 +1,39 @@
-"""Weights of others: how their files look, what becomes of them, what is refused. The reference networks write them."""
+"""Weights of others: how their files look, what becomes of them. The reference networks write them."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, config, launch
-from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+from foreign_weights import (
+    BY_HAND,
+    PRIMUS_ARGUMENTS,
+    RESENC,
+    encoder_alone,
+    plan,
+    publish,
+    released,
+    released_resenc,
+    resenc_arguments,
+)
 from safetensors.torch import save_file
 from test_finetune import SHORT, write_labelled
 from test_nnunet import assert_same_features, fine_tune_from
 from test_primus_versions import VERSIONS, network_of
-from test_reference import difference, randomise, reference_primus, reference_resenc, tokens_of
+from test_reference import difference, randomise, reference_primus, tokens_of
 from test_warm_start import MaskedAutoencoder, primus_student, resenc_student
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 
-import publish as script
 from benchmarks.evaluate_encoder import open_encoder
 from finetuning.taken_over import numbers_of_encoder
 from models import warm_start
 from models.warm_start import load_pretrained
 
-RESENC = {"hidden_sizes": [4, 8, 8], "strides": [1, 2, 2], "depths": [1, 2, 2]}  # as resenc_student has it
-BY_HAND = ["--spacing", "1", "1", "1.5", "--orientation", "RAS", "--intensity", "box", "--crop-size", "16", "16", "24"]
-
-
-def encoder_alone(channels=1, sizes=RESENC):
-    return randomise(
-        ResidualEncoder(
-            channels,
-            len(sizes["depths"]),
-            sizes["hidden_sizes"],
-            nn.Conv3d,
-            3,
-            sizes["strides"],
-            sizes["depths"],
-            True,
-            nn.InstanceNorm3d,
-            {"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            return_skips=True,
-        )
-    )
-
-
-def resenc_arguments(sizes=RESENC):
-    """As nnssl and nnU-Net write them into plans."""
-    stages = len(sizes["depths"])
-    return {
-        "n_stages": stages,
-        "features_per_stage": sizes["hidden_sizes"],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": [[stride] * 3 for stride in sizes["strides"]],
-        "n_blocks_per_stage": sizes["depths"],
-        "n_conv_per_stage_decoder": [1] * (stages - 1),
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-
-
-PRIMUS_ARGUMENTS = {
-    "input_channels": 1,
-    "embed_dim": 48,
-    "patch_embed_size": (8, 8, 8),
-    "input_shape": (24, 24, 16),
-    "encoder_eva_depth": 2,
-    "encoder_eva_numheads": 2,
-    "init_values": 0.1,
-    "scale_attn_inner": True,
-}
-
-
-def plan(network, arguments=None, patch_size=(16, 16, 16), **changes):
-    """An adaptation plan with the keys of MIC-DKFZ/nnssl, src/nnssl/adaptation_planning/adaptation_plan.py."""
-    preparation = {"spacing": None, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False]}
-    preparation |= {"spacing_style": "noresample", "patch_size": list(patch_size)}
-    preparation |= {key: changes.pop(key) for key in [*changes] if key in preparation}
-    primus = network.startswith("Primus")
-    return {
-        "architecture_plans": {"arch_class_name": network, "arch_kwargs": arguments},
-        "pretrain_plan": {
-            "image_reader_writer": "SimpleITKIO",
-            "transpose_forward": changes.pop("transpose_forward", [0, 1, 2]),
-            "configurations": {"noresample": preparation},
-        },
-        "pretrain_num_input_channels": 1,
-        "recommended_downstream_patchsize": [32, 32, 32],
-        "key_to_encoder": "eva" if primus else "encoder.stages",
-        "key_to_stem": "down_projection" if primus else "encoder.stem",
-        "keys_to_in_proj": ["down_projection.proj" if primus else "encoder.stem.convs.0.conv"],
-        "key_to_lpe": "eva.pos_embed" if primus else None,
-        **changes,
-    }
-
-
-def released(folder, network, a_plan, beside=False, **content):
-    """As the models of MIC-DKFZ lie on the Hub, config.json included."""
-    folder.mkdir(exist_ok=True)
-    content |= {"network_weights": network.state_dict()} | ({} if beside else {"nnssl_adaptation_plan": a_plan})
-    torch.save(content, folder / "checkpoint_final.pth")
-    (folder / "config.json").write_text('{"library": "nnunetv2"}')
-    if beside:
-        (folder / "adaptation_plan.json").write_text(json.dumps(a_plan))
-    return folder
-
-
-def publish(source, folder, *arguments, license="cc-by-sa-4.0"):
-    words = [source, "--to", folder, *(["--license", license] if license else []), *arguments]
-    script.main(script.parse_arguments([str(word) for word in words]))
-    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-
 
 @pytest.fixture
 def resenc(tmp_path):
-    network = reference_resenc(1, RESENC, classes=1)
-    a_plan = plan("ResidualEncoderUNet", resenc_arguments())
-    citations = [{"type": "Method", "name": "MAE", "apa_citations": ["Doe, J. (2026). A\n  method."]}]
-    return network, released(tmp_path / "theirs", network, a_plan, citations=citations)
+    return released_resenc(tmp_path / "theirs")
 
 
 # --------------------------------------------------------------------------- --init-from
@@ -348,129 +257,3 @@ def test_the_scripts_take_the_folder(resenc, tmp_path):
     assert "orientation: SAR" in recipe
     done = launch(tmp_path / "ours", "--data", data / "images", script=ROOT / "benchmarks" / "evaluate_encoder.py")
     assert "retrieval" in done.stdout
-
-
-# --------------------------------------------------------------------------- what is refused
-
-
-def refused(source, *arguments, **options):
-    """The one line that says why; nothing is written."""
-    place = source.parent / "refused"
-    with pytest.raises(ValueError, match=r".") as caught:
-        publish(source, place, *arguments, **options)
-    assert not place.exists()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_what_nothing_tells_is_asked_for_at_once_and_checked_as_in_recipes(tmp_path):
-    path = tmp_path / "e.pth"
-    torch.save(encoder_alone().state_dict(), path)
-    words = refused(path)
-    assert all(flag in words for flag in ("--spacing X Y Z", "--orientation AXES", "--intensity RULE", "--crop-size"))
-    assert "none is told" in refused(path, *BY_HAND[:8])
-    assert "licence" in refused(path, *BY_HAND, license=None)
-    for flag, values, reason in (
-        ("--spacing", ["1", "1"], "--spacing 1 1: field required"),
-        ("--spacing", ["1", "0", "1"], "greater than 0"),
-        ("--spacing", ["1", "nan", "1"], "finite"),
-        ("--spacing", ["median"], "'native'"),
-        ("--orientation", ["RAX"], "must name each axis once"),
-        ("--intensity", ["zscore"], "is no rule of intensity: there are box"),
-        ("--intensity", ["window", "low=0"], "is no rule of intensity"),
-        ("--intensity", ["window", "low=0", "high=x"], "could not convert"),
-        ("--crop-size", ["16", "16", "x"], "valid integer"),
-        ("--crop-size", ["16", "16", "18"], "divides into cells of 4 x 4 x 4 voxels (16 x 16 x 18)"),
-    ):
-        assert reason in refused(path, *BY_HAND, flag, *values), (flag, values)
-
-
-def test_a_plan_with_intensities_that_no_rule_equals_asks_for_one(resenc, tmp_path):
-    network, _ = resenc
-    for changes in ({"normalization_schemes": ["CTNormalization"]}, {"use_mask_for_norm": [True]}):
-        theirs = released(tmp_path / "b", network, plan("ResidualEncoderUNet", resenc_arguments(), **changes))
-        words = refused(theirs)
-        assert "its plan normalises by" in words
-        assert "--intensity RULE" in words
-        assert "--spacing" not in words
-    assert publish(theirs, tmp_path / "ours", "--intensity", "foreground").config.preprocessing["spacing"] == "native"
-
-
-@pytest.mark.parametrize(
-    ("a_plan", "reason"),
-    [
-        (plan("SwinUNETR"), "its plan names the network 'SwinUNETR', which is no encoder of this project: there are "),
-        (plan("PrimusX", PRIMUS_ARGUMENTS), "its plan is of a PrimusX, its tensors are those of a resenc"),
-        (plan("ResEncL"), r"says hidden_sizes=[32, 64, 128, 256, 320, 320], the tensors [4, 8, 8]"),
-        (plan("ResidualEncoderUNet", resenc_arguments({**RESENC, "depths": [1, 2, 3]})), "says depths=[1, 2, 3]"),
-        (plan("ResidualEncoderUNet", resenc_arguments({**RESENC, "strides": [1, 1, 2]})), "says strides=[1, 1, 2]"),
-        (plan("ResidualEncoderUNet", resenc_arguments(), pretrain_num_input_channels=4), "says num_channels=4"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}), "axes"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "nonlin": "torch.nn.ReLU"}), "nonlin=torch.nn.ReLU"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "nonlin_kwargs": {"negative_slope": 0.2}}), "slope 0.2"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": 3}), "are damaged (arch_kwargs)"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "strides": [[]] * 3}), "are damaged (arch_kwargs)"),
-        (plan("ResidualEncoderUNet", {**resenc_arguments(), "norm_op_kwargs": "no"}), "are damaged (arch_kwargs)"),
-        (plan("ResidualEncoderUNet", resenc_arguments(), spacing=[1, -1, 1]), "the spacing of its plan, 1 -1 1"),
-        (plan("ResidualEncoderUNet", resenc_arguments(), (18, 16, 16), recommended_downstream_patchsize=0), "18 x 16"),
-    ],
-)
-def test_a_plan_that_is_not_of_these_weights_is_one_line(a_plan, reason, resenc, tmp_path):
-    network, _ = resenc
-    assert reason in refused(released(tmp_path / "x", network, a_plan))
-
-
-def test_a_primus_whose_heads_nothing_tells_is_refused(tmp_path):
-    torch.save(MaskedAutoencoder((16, 16, 16), "xyz").state_dict(), tmp_path / "p.pth")
-    assert "how many attention heads" in refused(tmp_path / "p.pth", *BY_HAND)
-    inside = plan("PrimusM", None, (16, 16, 16))
-    words = refused(released(tmp_path / "m", MaskedAutoencoder((16, 16, 16), "xyz"), inside))
-    assert "(PrimusM) says hidden_size=864, the tensors 48; num_hidden_layers=16, the tensors 2" in words
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ([torch.zeros(2)], "holds a list, not a checkpoint"),
-        ({"network_weights": "no"}, "it holds no tensors under names"),
-        ({"a": 1}, "it holds no tensors under names"),
-        (
-            lambda: reference_resenc(1, RESENC).decoder.stages.state_dict(prefix="stages."),
-            "tensors of stages: give the",
-        ),
-        (lambda: MaskedAutoencoder((16, 16, 16), "xyz").up_projection.state_dict(prefix="up."), "tensors of up: give"),
-        (lambda: encoder_alone(1, {**RESENC, "depths": [1, 2, 2]}).stem.state_dict(prefix="stem."), "is missing"),
-        (
-            {"encoder.stem.convs.0.conv.weight": torch.zeros(4, 1, 3, 3)},
-            "are [4, 1, 3, 3]: it is no",
-        ),
-        ({"down_projection.proj.weight": torch.zeros(4)}, "are [4]: it is no"),
-        (lambda: nn.Sequential(nn.Conv3d(1, 2, 3)).state_dict(), "there is no encoder of this project in it"),
-        (lambda: resenc_student().features.encoder.state_dict(), "these are weights of this project"),
-    ],
-)
-def test_a_file_without_an_encoder_is_one_line(content, reason, tmp_path):
-    torch.save(content() if callable(content) else content, tmp_path / "x.pth")
-    assert reason in refused(tmp_path / "x.pth", *BY_HAND)
-
-
-def test_files_and_arguments_that_do_not_go_together(resenc, tmp_path):
-    _, theirs = resenc
-    assert "--weights" in refused(theirs, "--weights", "teacher")
-    (theirs / "adaptation_plan.json").write_text("{bad")
-    assert "adaptation_plan.json: damaged" in refused(theirs)
-    (theirs / "adaptation_plan.json").unlink()
-    publish(theirs, tmp_path / "ours")
-    assert "leave them out" in refused(tmp_path / "ours", "--spacing", "native")
-    assert "name its folder" in refused(tmp_path / "ours" / "checkpoint_final.pth")
-
-
-def test_a_checkpoint_of_ours_alone_does_not_tell_its_axes(resenc, tmp_path):
-    publish(resenc[1], tmp_path / "ours")
-    alone = tmp_path / "alone.pth"
-    (tmp_path / "ours" / "checkpoint_final.pth").rename(alone)
-    words = refused(alone)
-    assert "--orientation" in words
-    assert "--spacing" not in words
-    again = partial(publish, alone, tmp_path / "again", "--orientation", "RAS")
-    assert again().config.preprocessing["orientation"] == "RAS"

@@ -31,9 +31,12 @@ def to_reference(weights: dict[str, torch.Tensor], config: PretrainedConfig) -> 
 
     The storage is shared.
     """
-    scalar = names_in_nnunet(config.model_type).scalar
-    weights = {n: w.reshape(()) if scalar and n.endswith(scalar) else w for n, w in weights.items()}
-    return {theirs: tensor for name, tensor in weights.items() for theirs in reference_names(name, config)}
+    shapes, found = names_in_nnunet(config.model_type).shapes, {}
+    for name, tensor in weights.items():
+        shaped = next((shape for end, shape in shapes.items() if name.endswith(end)), None)
+        tensor = shaped(tensor) if shaped else tensor
+        found |= dict.fromkeys(reference_names(name, config), tensor)
+    return found
 
 
 def segmentation_to_reference(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -202,16 +205,17 @@ def _fit(
             )
         changed.append(f"input channels repeated from {old} to {new}")
         return tensor.repeat(1, new // old, 1, 1, 1) * old / new
-    if name.endswith("position_embedding") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
+    if name.endswith("position_embedding"):
+        tensor = tensor[0] if tensor.ndim == 3 else tensor  # theirs is `[1, tokens, channels]`
         registers = config.num_register_tokens if name.startswith("transformer.") else 0
-        before, tokens = tensor.tensor_split([registers], dim=1)
-        grid = _grid(tokens.shape[1], config, image_size)
-        if grid is None:
+        before, tokens = tensor.tensor_split([registers])
+        grid = _grid(len(tokens), config, image_size)
+        if tensor.shape == shape or tensor.shape[1:] != shape[1:] or grid is None:
             return tensor
-        tokens = tokens.transpose(1, 2).unflatten(2, grid).float()
+        tokens = tokens.T.unflatten(1, grid)[None].float()
         tokens = F.interpolate(tokens, size=config.grid_size, mode="trilinear", align_corners=False)
         changed.append(f"position embedding resized from {grid} to {config.grid_size} tokens")
-        return torch.cat((before, tokens.flatten(2).transpose(1, 2).to(tensor.dtype)), dim=1)
+        return torch.cat((before, tokens[0].flatten(1).T.to(tensor.dtype)))
     return tensor
 
 

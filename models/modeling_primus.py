@@ -151,20 +151,20 @@ class PrimusTransformer(nn.Module):
         self.num_heads = num_heads
         self.num_register_tokens = num_register_tokens
         size, tokens = config.hidden_size, num_register_tokens + math.prod(config.grid_size)
-        self.position_embedding = nn.Parameter(torch.zeros(1, tokens, size))
+        self.position_embedding = nn.Parameter(torch.zeros(tokens, size))  # FSDP2 cuts the first axis
         self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, size)) if num_register_tokens else None
         self.drop_path_rates = [drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
         self.blocks = nn.ModuleList(PrimusBlock(config, num_heads, i) for i in range(num_layers))
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def positions(self, grid_size):
-        """The position embedding `[1, R + N, C]` of a grid, trilinearly resized unless it is the pretraining grid."""
+        """The position embedding `[R + N, C]` of a grid, trilinearly resized unless it is the pretraining grid."""
         if tuple(grid_size) == self.config.grid_size:
             return self.position_embedding
-        registers, tokens = self.position_embedding.tensor_split([self.num_register_tokens], dim=1)
-        tokens = tokens.transpose(1, 2).unflatten(2, self.config.grid_size)
+        registers, tokens = self.position_embedding.tensor_split([self.num_register_tokens])
+        tokens = tokens.T.unflatten(1, self.config.grid_size)[None]
         tokens = F.interpolate(tokens, size=tuple(grid_size), mode="trilinear", align_corners=False)
-        return torch.cat((registers, tokens.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((registers, tokens[0].flatten(1).T))
 
     def forward(self, tokens, grid_size, visible_tokens=None, hidden_states=None, num_layers=None):
         """Tokens `[B, N, C]` of a grid of `grid_size` -> `[B, N, C]`.

@@ -27,7 +27,7 @@ class NnunetNames(NamedTuple):
     presets: dict[str, dict[str, Any]] = {}  # class that a plan names -> the numbers of ours that the name implies
     told: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # numbers of ours, out of a plan's `arch_kwargs`
     sizes: Callable[[Weights, dict[str, Any]], dict[str, Any]] | None = None  # out of tensors, and what a plan told
-    scalar: str | None = None  # how names of ours end that are vectors of one, and scalars there
+    shapes: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}  # how names of ours end -> our tensor in their shape
     built_by: Callable[[PretrainedConfig], str] | None = None  # Python for a trainer of the release, if it has none
 
 

@@ -51,10 +51,8 @@ def _primus_from_yxz(
 
 def _swap(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     if name.endswith("position_embedding"):
-        registers = tensor.shape[1] - math.prod(config.grid_size)
-        before, tokens = tensor.tensor_split([registers], dim=1)
-        tokens = tokens.unflatten(1, config.grid_size).transpose(1, 2).flatten(1, 3)
-        return torch.cat((before, tokens), dim=1)
+        before, tokens = tensor.tensor_split([len(tensor) - math.prod(config.grid_size)])
+        return torch.cat((before, tokens.unflatten(0, config.grid_size).transpose(0, 1).flatten(0, 2)))
     if re.search(r"\.attention\.[qk]_proj\.", name):
         heads = config.num_attention_heads
         thirds = tensor.unflatten(0, (heads, 3, -1))
@@ -144,6 +142,7 @@ PRIMUS = NnunetNames(
     presets={**_primus_presets(), "PrimusX": {}},
     told=_primus_told,
     sizes=_primus_sizes,
+    shapes={"position_embedding": lambda tensor: tensor[None]},
 )
 
 # --------------------------------------------------------------------------- PrimusV2, PrimusV3
@@ -226,7 +225,7 @@ PRIMUS_V2 = PRIMUS._replace(
 PRIMUS_V3 = PRIMUS_V2._replace(
     anchor="down_projection.proj_to_tokens.0.weight",
     network=_v3_network,
-    scalar=".scale",
+    shapes=PRIMUS.shapes | {".scale": lambda tensor: tensor.reshape(())},
     built_by=lambda config: _built_by(_v3_network(config)),
     presets=_primus_presets("V3", embed_widths=V3_WIDTHS),
 )

@@ -194,7 +194,7 @@ def main(arguments: argparse.Namespace, write_results: Callable = write_results)
     launch = read_launch(arguments, recipe)
     model = build_model(recipe)
     noise = partial(noise_batch, build_stream, make_batch, recipe)
-    cost = step_cost(model, noise(), launch.volumes) if launch.is_first else None  # who tells the others
+    cost = step_cost(model, noise(), launch.volumes, launch.ranks) if launch.is_first else None  # who tells others
     if arguments.dry_run:
         sys.exit(0 if dry_run(launch, recipe, model, cost, noise, arguments.tflops) else 1)
 

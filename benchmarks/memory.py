@@ -42,7 +42,7 @@ def worker(config: Path, recipe_path: Path, overrides: list[str], folder: Path) 
     (script, recipe), strategy = open_recipe(recipe_path, overrides), read_strategy(config)
     model = script.build_model(recipe)
     sample = noise_batch(script.build_stream, script.make_batch, recipe)
-    cost = step_cost(model, sample, recipe.train.batch_size // (ranks * recipe.train.accumulate))
+    cost = step_cost(model, sample, recipe.train.batch_size // (ranks * recipe.train.accumulate), ranks)
     predicted = memory(weights_of(model), recipe, strategy, ranks, cost.timeline)
     del model, sample
     if strategy.kind == "fsdp2" and not torch.cuda.is_available():

@@ -54,7 +54,7 @@ def compare(config: Path, path: Path, overrides: list[str]) -> tuple[float, floa
     """Bytes that a rank sends, as called and as planned, and the number of calls."""
     script, recipe = open_recipe(path, overrides)
     model, sample = script.build_model(recipe), noise_batch(script.build_stream, script.make_batch, recipe)
-    cost = step_cost(model, sample, recipe.train.batch_size // (RANKS * recipe.train.accumulate))
+    cost = step_cost(model, sample, recipe.train.batch_size // (RANKS * recipe.train.accumulate), RANKS)
     planned = communication(weights_of(model), recipe, read_strategy(config), RANKS, cost.traffic)
     with tempfile.TemporaryDirectory() as folder:
         write_noise(Path(folder) / "data", recipe)

@@ -220,7 +220,7 @@ def part_bytes(path: Path, overrides: list[str], compiled: bool) -> dict[str, Ro
     objective = model.objective
     model.objective = lambda *args, **kwargs: watches[0].enter(LOSSES, objective, *args, **kwargs)
     with inductor.patch(force_disable_caches=True, cpu_backend="triton"):
-        step_cost(model, sample, recipe.train.batch_size // recipe.train.accumulate, follow)
+        step_cost(model, sample, recipe.train.batch_size // recipe.train.accumulate, follow=follow)
     return watches[0].rows
 
 

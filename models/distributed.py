@@ -1,4 +1,4 @@
-"""Gathering tensors over ranks without cutting the gradient, and counting what that would send."""
+"""Gathering tensors over ranks without cutting the gradient, and counting what that would send and hold."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Traffic:
     """Bytes that a rank hands to collectives in a forward and backward pass; counted on one rank, for any number."""
 
+    ranks: int = 1  # that are pretended, where there are no others
     gathered: int = 0  # tensors that every rank gets
     gathered_gradients: int = 0  # those of them with a gradient, of which each rank gets the sum for its own rows
     summed: int = 0  # tensors of one size however many ranks there are
@@ -29,10 +30,14 @@ _traffic: Traffic | None = None
 
 
 @contextmanager
-def count_traffic() -> Iterator[Traffic]:
-    """Count what passes through `gather_with_gradient` and the heads' batch norm meanwhile."""
+def count_traffic(ranks: int = 1) -> Iterator[Traffic]:
+    """Count what passes through `gather_with_gradient` and `sum_over_ranks` meanwhile.
+
+    Args:
+        ranks: to pretend, where there is no process group: all have the tensors of this one.
+    """
     global _traffic
-    _traffic = Traffic()
+    _traffic = Traffic(ranks)
     try:
         yield _traffic
     finally:
@@ -44,6 +49,12 @@ def note_traffic(**more: int) -> None:
     if _traffic is not None:
         for kind, size in more.items():
             setattr(_traffic, kind, getattr(_traffic, kind) + size)
+
+
+def number_of_ranks() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return _traffic.ranks if _traffic is not None else 1
 
 
 class _AllGather(torch.autograd.Function):
@@ -66,6 +77,16 @@ def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     Backward gives each rank the gradient of the sum of all ranks' losses, which data parallel training then averages.
     """
     note_traffic(gathered=tensor.nbytes, gathered_gradients=tensor.nbytes * tensor.requires_grad)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor[None]
-    return _AllGather.apply(tensor)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return _AllGather.apply(tensor)
+    ranks = number_of_ranks()
+    return tensor[None] if ranks == 1 else tensor.repeat(ranks, *(1,) * tensor.ndim)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in its place; without gradients."""
+    note_traffic(summed=tensor.nbytes)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        return tensor
+    return tensor.mul_(number_of_ranks())

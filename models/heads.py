@@ -1,11 +1,10 @@
 """Heads used in pretraining only: projector, predictor and the batch norm inside them (Grill et al. 2020, BYOL)."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .distributed import gather_with_gradient, note_traffic
+from .distributed import gather_with_gradient, note_traffic, number_of_ranks, sum_over_ranks
 
 
 class GlobalBatchNorm(nn.Module):
@@ -20,7 +19,7 @@ class GlobalBatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if number_of_ranks() == 1:
             statistics = 2 * torch.float32.itemsize * rows.shape[1]  # mean and variance; in the backward pass two sums
             note_traffic(gathered=statistics, summed=statistics * rows.requires_grad)
             return F.batch_norm(rows, None, None, training=True, eps=self.eps)
@@ -45,8 +44,7 @@ class _BatchNormOverRanks(torch.autograd.Function):
         gradient = gradient.float()
         normed = (rows - mean) * scale
         sums = torch.stack((gradient.mean(0), (gradient * normed).mean(0)))
-        dist.all_reduce(sums)
-        along_mean, along_normed = sums / dist.get_world_size()
+        along_mean, along_normed = sum_over_ranks(sums) / number_of_ranks()
         return ((gradient - along_mean - normed * along_normed) * scale).to(rows.dtype), None
 
 

@@ -262,7 +262,7 @@ def test_what_the_heads_send(more):
     counted = float(next(line for line in done.stdout.splitlines() if line.startswith("sent ")).split()[1])
     recipe = recipe_of(*numbers)
     model = train_cva.build_model(recipe)
-    assert step_cost(model, batch_of(recipe), recipe.train.batch_size // 4).traffic.sent(4) == counted
+    assert step_cost(model, batch_of(recipe), recipe.train.batch_size // 4, ranks=4).traffic.sent(4) == counted
 
 
 def test_communication_by_strategy():

@@ -38,6 +38,10 @@ def test_what_heads_and_losses_send_is_called_for_at_every_number_of_ranks(more)
         assert sum(call.sent(ranks) for call in counted.calls) == pytest.approx(alone.sent(ranks))
         peaks.append(counted.cost.peak_bytes)
         flops.append(counted.cost.flops)
+        planned = step_cost(model, sample, recipe.train.batch_size, ranks)  # without a process group
+        assert planned.flops == counted.cost.flops
+        assert planned.traffic.sent(ranks) == pytest.approx(alone.sent(ranks))
+        assert planned.peak_bytes == pytest.approx(counted.cost.peak_bytes, rel=0.01)
     heads = [call for call in counted.calls if call.of_heads]
     assert {call.kind for call in heads} == {"all-gather", "all-reduce"}
     assert len(counted.calls) > len(heads)

@@ -137,6 +137,7 @@ def step_cost(
     model: nn.Module,
     sample: Batch,
     volumes: int,
+    ranks: int = 1,
     follow: Callable[[list[torch.Tensor]], LiveBytes] = LiveBytes,
     watch: Sequence[TorchDispatchMode] = (),
 ) -> StepCost:
@@ -146,10 +147,11 @@ def step_cost(
         model: on the CPU, not yet wrapped, without a process group or in one that only pretends.
         sample: a batch of one volume (`noise_batch`), of which the shapes count.
         volumes: in the batch to be counted.
+        ranks: whose rows the losses and the heads' batch norm gather, pretended if there is no process group.
         follow: made of the weights, keeps the bytes.
         watch: see every operator too.
     """
-    with FakeTensorMode() as mode, _Operations() as operations, count_traffic() as traffic:
+    with FakeTensorMode() as mode, _Operations() as operations, count_traffic(ranks) as traffic:
         held = (*model.named_parameters(), *model.named_buffers())
         weights = {name: mode.from_tensor(tensor) for name, tensor in held}
         live = follow([*weights.values()])

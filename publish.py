@@ -55,7 +55,7 @@ from models import (
 )
 from models.adaptation_plans import PLAN
 from models.conversion import reference_names
-from models.nnunet import adaptation_plan, checkpoint, fresh_decoder, released_plans
+from models.nnunet import checkpoint, fresh_decoder, released_plans
 from models.warm_start import ENCODER_WEIGHTS, NNUNET_CHECKPOINT
 from models.weight_files import read_json, read_weights
 from training.command_line import is_for_the_user, run
@@ -209,11 +209,12 @@ def write_bundle(
     if names is None:
         return
     method = facts.get("method") or {}
+    content = checkpoint(encoder, decoder, name, method)
     try:
-        torch.save(checkpoint(encoder, decoder, name, method), folder / NNUNET_CHECKPOINT)
+        torch.save(content, folder / NNUNET_CHECKPOINT)
     except RuntimeError as error:  # so torch reports a full disk
         raise OSError(f"{NNUNET_CHECKPOINT}: {error}") from error
-    (folder / PLAN).write_text(json.dumps(adaptation_plan(encoder.config, name), indent=1))
+    (folder / PLAN).write_text(json.dumps(content["nnssl_adaptation_plan"], indent=1))
     if plans := released_plans(encoder.config):
         (folder / RELEASED_PLANS).write_text(json.dumps(plans, indent=1))
 

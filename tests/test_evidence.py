@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import draw_heads, evidence_arms
+from benchmarks import draw_heads, evidence, evidence_arms
 from benchmarks.evidence_arms import ARMS, Arm, compute, flops_of_a_step, length, misaligned_points, pretrain
 from benchmarks.evidence_probe import Labelled, cells_of, draw, kept, of_what_is_there, split, with_place
 from benchmarks.evidence_report import Row, by_subject, comparison_table, interval, score_table
@@ -160,6 +160,33 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     made = iter([{"dice": 0.5}])
     for _ in range(2):
         assert kept(tmp_path / "new" / "tuning.json", lambda: next(made)) == {"dice": 0.5}
+
+
+@pytest.mark.parametrize(("how", "best"), [("probe", 3e-3), ("finetune", 1e-3)])
+def test_the_rate_is_that_of_the_encoder_that_does_best_on_training_subjects(how, best, tmp_path, monkeypatch):
+    command = ["--data", "data", "--output", str(tmp_path), "--tune-by", how, "--rates", "1e-3", "3e-3", "9e-3"]
+    experiment = object.__new__(evidence.Experiment)
+    experiment.asked, experiment.output = evidence.parse_arguments([*command, "--finetune-rates", "1", "2"]), tmp_path
+    experiment.volumes = [Labelled(str(n), str(n), torch.zeros(1), torch.zeros(1), (1, 1, 1)) for n in range(100)]
+    experiment.unlabelled = experiment.labelled = tmp_path
+    experiment.splits, experiment.classes = [split([one.name for one in experiment.volumes], 20, 0)], 3
+    experiment.pretrained_on = set()
+    probed = {"split0_rate0.001": 0.3, "split0_rate0.003": 0.4, "split0_rate0.009": 0.2}
+    tuned = {"split0_rate0.001": [0.2, 0.6], "split0_rate0.003": [0.5, 0.5], "split0_rate0.009": [0.4, 0.1]}
+
+    def fine_tune(encoder, prepared, output, scored, others, classes, budget, number, rate, overrides):
+        assert not {int(one.name) for one in scored} & {*experiment.splits[0].test}
+        assert {int(one.name) for one in others} == {*experiment.splits[0].test}
+        return {"dice": [[tuned[encoder.parent.name][int(rate) - 1]]]}
+
+    monkeypatch.setattr(evidence, "flops_of_a_step", lambda *numbers: 1)
+    monkeypatch.setattr(evidence, "compute", lambda *numbers: 100)
+    monkeypatch.setattr(evidence, "subjects_of", lambda folder: {})
+    monkeypatch.setattr(evidence, "pretrain", lambda *numbers: None)
+    monkeypatch.setattr(evidence, "tuning_score", lambda encoder, *numbers: probed[encoder.parent.name])
+    monkeypatch.setattr(evidence, "fine_tune", fine_tune)
+    assert experiment.rate(evidence.One("primus", "MAE", 0, 2)) == best
+    assert experiment.rate(evidence.One("primus", "untrained", 0, 2)) is None
 
 
 def row(arm: str, dice: np.ndarray, network: str = "primus") -> Row:

@@ -3,7 +3,8 @@
     accelerate launch finetune.py --encoder ENCODER --recipe recipes/segmentation_primus_m.yaml --data FOLDER
 
 The same without pretraining, all else equal: add `--from-scratch`. FOLDER holds `imagesTr` and `labelsTr` (nnU-Net,
-Decathlon), or `images` and `labels` of the same names, or what `prepare_data.py FOLDER PREPARED --labels LABELS` made.
+Decathlon), or `images` and `labels` of the same names, or what `prepare_data.py FOLDER --output PREPARED --labels
+LABELS` made.
 --encoder is a folder, an OUTPUT of a training script, a Hub id, or a checkpoint of nnssl / OpenMind; how volumes are
 prepared, the sizes of the network and its crop are the encoder's, whatever the recipe says of them.
 

@@ -12,7 +12,7 @@ Your own volumes on 8 GPUs, prepared by prepare_data.py or not; the batch of the
 `--config ds_configs/fsdp2.json` shards by FSDP2, `ddp.json` not at all; cluster/ has several nodes. What a run will
 take, and what would fail late: add `--dry-run`. From weights that exist, ours or an OpenMind / nnssl checkpoint: add
 `--init-from PATH_OR_HUB_ID`. Any number of the recipe can be changed as `key.subkey=value`, for example
-`train.steps=1000 views.crop_size=[128,128,128]`.
+`train.steps=1000 train.warmup_steps=100 views.crop_size=[128,128,128]`.
 
 Stopped or killed? Run the same command again with `--resume auto`; SIGTERM or SIGUSR1 saves a checkpoint first and ends
 with exit code 75. docs/running.md has the details.

@@ -1,7 +1,8 @@
 """Draw MR images of real anatomies from label maps of whole heads: a second task for evidence.py, with exact labels.
 
     python benchmarks/draw_heads.py --maps BRAIN_LABELS --output HEADS
-    python benchmarks/evidence.py --data HEADS/labelled --pretrain-on HEADS/unlabelled --output runs/heads
+    python benchmarks/evidence.py 'data.spacing=[1.5,1.5,1.5]' --data HEADS/labelled --pretrain-on HEADS/unlabelled \
+        --output runs/heads
 
 BRAIN_LABELS has label maps of whole heads, one a person, and `priors/`: those that SynthSeg is trained with (Billot et
 al. 2023, Medical Image Analysis 86, Apache-2.0), whose way of drawing this follows. Each label gets a mean and a

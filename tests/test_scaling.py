@@ -19,6 +19,9 @@ from training.estimate import noise_batch, step_cost
 from training.recipe import load_recipe
 from training.strategy import read_strategy
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.distributed, "all_gather_single"), reason="benchmarks/scaling.py needs torch 2.14"
+)
 CONTRAST = ["loss.consistency=c_cva", "train.precision=bf16"]
 ONE_A_SECOND = Machine(1, 1, 1, 1, 1, 1, 0, 0, node=8, overlap=0.5)
 

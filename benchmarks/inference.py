@@ -78,15 +78,23 @@ def build(name: str, crop: int, classes: int) -> PreTrainedModel:
     return segmentation_class(encoder.config.model_type).from_encoder(encoder, names).to(DEVICE).eval()
 
 
+def watched(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int, float]:
+    """What is returned, bytes at the fullest moment, and seconds under the profiler that tells them."""
+    results, peaks = [], []
+    taken = seconds(lambda: peaks.append(peak_bytes(lambda: results.append(call()))))
+    return results[0], peaks[0], taken
+
+
 def rows(name: str, volume: int, crop: int, classes: int, repeats: int) -> list[str]:
     torch.manual_seed(0)
     model, image = build(name, crop, classes), torch.randn(1, *(volume,) * 3, device=DEVICE)
     calls = {way: partial(under_autocast, partial(run, model, image, (crop,) * 3)) for way, run in WAYS.items()}
-    found = {way: call() for way, call in calls.items()}  # also warms up
-    worst = {way: (found[way] - found["ours"]).abs().max().item() for way in WAYS}
-    del found
-    times = [{way: seconds(call) for way, call in calls.items()} for _ in range(repeats)]
-    memory = {way: peak_bytes(call) for way, call in calls.items()}
+    first = {way: watched(call) for way, call in calls.items()}  # also warms up
+    memory = {way: peak for way, (_, peak, _) in first.items()}
+    worst = {way: (result - first["ours"][0]).abs().max().item() for way, (result, _, _) in first.items()}
+    times = [{way: taken for way, (_, _, taken) in first.items()}]
+    del first
+    times = [{way: seconds(call) for way, call in calls.items()} for _ in range(repeats)] or times
     lines = []
     for way in WAYS:
         median = statistics.median(turn[way] for turn in times)
@@ -103,7 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--volume", type=int, default=200, help="voxels on each axis (%(default)s)")
     add("--crop", type=int, default=160, help="voxels of a window on each axis (%(default)s)")
     add("--classes", type=int, default=3, help="with the background (%(default)s)")
-    add("--repeats", type=int, default=3, help="turns (%(default)s)")
+    add("--repeats", type=int, default=3, help="turns (%(default)s); 0: timed while memory is measured")
     return parser.parse_args(arguments)
 
 

@@ -226,6 +226,14 @@ def assert_same_features_in_a_clean_process(folder, model_class, module, crop_si
 
 
 @pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def machines(tmp_path):
     from machines import Machines  # which imports this file
 

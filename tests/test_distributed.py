@@ -70,6 +70,8 @@ def of_ranks(request, tmp_path_factory):
 
 # PyTorch on a CPU adds up this bias' gradient voxel by voxel: 6e-5 off the exact sum of its own summands
 SUMMED_NAIVELY = "student.decoder.output.bias"
+# pooled features share a large mean, which multiplies what rounding leaves of gradients that batch norm sums to 0
+FIRST_OF_HEADS = "projector.0.weight"
 
 
 def difference(found, expected):
@@ -88,7 +90,10 @@ def test_ranks_do_not_change_losses_or_gradients(of_ranks, case):
     expected, theirs, pulled = losses_and_gradients(*case)
     for name, value in expected.items():
         assert float((losses[name] - value).abs() / value.abs()) < 1e-5, name
-    assert difference(gradients, theirs) < 2e-5  # 1.2e-5 was seen: batch norm over 4 rows magnifies rounding
+    if FIRST_OF_HEADS in theirs:  # 1.2e-5 was seen
+        found, expected = gradients.pop(FIRST_OF_HEADS), theirs.pop(FIRST_OF_HEADS)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.norm()))
+    assert difference(gradients, theirs) < 1e-5
     assert difference(pulls, pulled) < 1e-4
 
 

@@ -68,16 +68,7 @@ def test_memory_of_two_ranks(name, tmp_path):
     assert found["predicted"]["total"] == pytest.approx(found["measured"], rel=0.15), found
 
 
-@pytest.fixture
-def one_thread():
-    """oneDNN's kernels take scratch for each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread")  # oneDNN's kernels take scratch for each
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("architecture", ["primus", "resenc"])

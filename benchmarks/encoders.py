@@ -80,8 +80,8 @@ def compare(encoder: nn.Module, network: nn.Module, calls: list[Callable], limit
     worst = max(difference([pair]) for pair in zip(*(call() for call in calls), strict=True))
     if encoder.training:
         theirs = dict(network.named_parameters(remove_duplicate=False))
-        ours = to_reference(dict(encoder.named_parameters()), encoder.config)
-        worst = max(worst, difference([(ours[name].grad, theirs[name].grad) for name in ours]))
+        ours = to_reference({name: weight.grad for name, weight in encoder.named_parameters()}, encoder.config)
+        worst = max(worst, difference([(gradient, theirs[name].grad) for name, gradient in ours.items()]))
     assert worst < limit, f"ours and theirs differ by {worst:.1e}"
     pairs = []
     for measure in [seconds] * (1 + repeats) + [peak_bytes]:

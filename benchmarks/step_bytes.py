@@ -15,8 +15,10 @@ Overrides work as for the scripts.
 """
 
 import argparse
+import math
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import config as inductor
+from torch._inductor import ir
 from torch._inductor import memory as inductor_memory
 from torch._inductor.compile_fx import (
     _recursive_post_grad_passes,
@@ -36,7 +39,7 @@ from torch._inductor.compile_fx import (
 )
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import ExternKernelSchedulerNode
+from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
@@ -168,6 +171,20 @@ class PartBytes(LiveBytes):
             self._note()
 
 
+def kernel_bytes(node: BaseSchedulerNode) -> int:
+    """What a kernel moves, by Inductor; what one that it did not make is given in part counts in part."""
+    moved = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    if isinstance(node, ExternKernelSchedulerNode):
+        given: Counter[str] = Counter()
+        for tensor in node.node.inputs:
+            if isinstance(tensor, ir.ReinterpretView):
+                given[tensor.get_name()] += math.prod(map(int, tensor.get_size())) * tensor.get_dtype().itemsize
+            elif hasattr(tensor, "get_name"):
+                given[tensor.get_name()] += moved.get(tensor.get_name(), 0)
+        moved = {name: min(size, given.get(name, size)) for name, size in moved.items()}
+    return sum(moved.values())
+
+
 def plan_kernels(watch: Callable[[], PartBytes], module: torch.fx.GraphModule, inputs, **settings) -> Callable:
     """In the place of Inductor's compilation of a graph: fuse it, count, and run what is not fused on what comes."""
     backward, inference = settings.get("is_backward", False), settings.get("is_inference", False)
@@ -181,7 +198,7 @@ def plan_kernels(watch: Callable[[], PartBytes], module: torch.fx.GraphModule, i
             graph.init_wrapper_code()
             graph._update_scheduler()
             nodes = graph.scheduler.nodes
-            sizes = [(node, node.get_read_write_buffers_sizes()) for node in nodes]
+            sizes = [(node, kernel_bytes(node)) for node in nodes]
             names = set(graph.graph_inputs) if backward else set()  # what a forward pass is given stays
             freed = inductor_memory.get_freeable_input_buf(nodes, names)
             peak, _ = inductor_memory.estimate_peak_memory(nodes, freed, set(graph.get_output_names()))

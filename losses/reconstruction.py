@@ -15,8 +15,8 @@ def masked_huber(
         present: `[B, C]`, False = a channel that its volume lacks: no voxel of it counts.
     """
     error = F.huber_loss(prediction, target, reduction="none", delta=1.0)
-    weight = counted_voxels(voxel_mask, present).expand_as(error).to(error.dtype)
-    return (error * weight).sum() / weight.sum()
+    counted = counted_voxels(voxel_mask, present).expand_as(error)
+    return (error * counted).sum() / counted.sum()
 
 
 def counted_voxels(voxel_mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

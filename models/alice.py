@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .pretraining import Pretraining
+from .pretraining import Pretraining, masked_voxels
 from .prototypes import Centre, PrototypeHead
 
 
@@ -97,7 +97,7 @@ class Alice(Pretraining):
             `student_` and `teacher_` `pooled` `[2B, D]`, `cells` `[2B, D, x, y, z]` and `attention` `[2B, Q, x, y, z]`,
             `query_places` `[2B, Q, 3]` and `cell_places` `[3, x, y, z]` in crops, `extent` `[2B, 3]` of a crop in mm.
         """
-        voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
+        voxel_mask = masked_voxels(mask, views.shape[2:])
         outputs = {"target": target, "present": present, "voxel_mask": voxel_mask}
         outputs["teacher_temperature"] = self.teacher_temperature
         if self.teacher is not None:  # first: nothing of the student's waits in memory meanwhile

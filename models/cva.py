@@ -4,11 +4,10 @@ import copy
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .heads import predictor, projector
-from .pretraining import Pretraining
+from .pretraining import Pretraining, masked_voxels
 
 
 class ConsistentViewAlignment(Pretraining):
@@ -69,7 +68,7 @@ class ConsistentViewAlignment(Pretraining):
             `[2B, D, x, y, z]`, and `student_embedding` and `teacher_embedding` `[2B, D]`; `encoded`, what the student's
             encoder returned.
         """
-        voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
+        voxel_mask = masked_voxels(mask, views.shape[2:])
         outputs = {"target": target, "present": present, "points": points, "inside": inside, "pair": pair}
         outputs |= {"group": group, "voxel_mask": voxel_mask}
         if self.teacher is not None:  # first: nothing of the student's waits in memory meanwhile

@@ -92,9 +92,13 @@ class PrimusAttention(nn.Module):
         q, k, v = (
             p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return self.proj(self.norm(self.attend(q, k, v, turns)))
+
+    def attend(self, q, k, v, turns):
+        """Queries, keys and values `[B, heads, N, head_size]` -> tokens `[B, N, C]`."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         x, _ = attend(self, rotate(q, turns), rotate(k, turns), v, None, scaling=self.scaling, dropout=0.0)
-        return self.proj(self.norm(x.flatten(2)))
+        return x.flatten(2)
 
 
 class PrimusMLP(nn.Module):
@@ -155,7 +159,7 @@ class PrimusTransformer(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, num_register_tokens, size)) if num_register_tokens else None
         self.drop_path_rates = [drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
         self.blocks = nn.ModuleList(PrimusBlock(config, num_heads, i) for i in range(num_layers))
-        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.norm = InputNorm(size, eps=config.layer_norm_eps)
 
     def positions(self, grid_size):
         """The position embedding `[R + N, C]` of a grid, trilinearly resized unless it is the pretraining grid."""

@@ -21,6 +21,13 @@ class StudentOutput(NamedTuple):
     encoded: tuple[torch.Tensor, ...]  # what the encoder returned, which all of these come from
 
 
+def masked_voxels(mask: torch.Tensor, crop_size: tuple[int, ...]) -> torch.Tensor:
+    """Of a mask of cells `[B, x, y, z]`, the voxels `[B, 1, X, Y, Z]` that they cover."""
+    for axis, (size, cells) in enumerate(zip(crop_size, mask.shape[1:]), start=1):
+        mask = mask.repeat_interleave(size // cells, axis)
+    return mask[:, None]
+
+
 class Pretraining(nn.Module):
     """Base of the methods' composites: losses and their weights, gradient norms, finite crops, the teacher's average.
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .distributed import gather_with_gradient
-from .pretraining import Pretraining
+from .pretraining import Pretraining, masked_voxels
 
 
 class SelfSupervisedAlignment(Pretraining):
@@ -58,7 +58,7 @@ class SelfSupervisedAlignment(Pretraining):
             `reconstructed` `[2B, C, X, Y, Z]`, normalised `cells` `[2B, x, y, z, D]` with `cell_size` `[2B, 3]` in mm,
             and `compared`, by which places are told: these cells, or unit vectors `[2B, D]`; `encoded`.
         """
-        voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
+        voxel_mask = masked_voxels(mask, views.shape[2:])
         outputs = {"target": target, "present": present, "place": place, "pair": pair, "voxel_mask": voxel_mask}
         seen = self.student(views, mask, voxel_mask)
         outputs["encoded"] = seen.encoded

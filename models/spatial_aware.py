@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pretraining import Pretraining
+from .pretraining import Pretraining, masked_voxels
 
 
 class SpatialAware(Pretraining):
@@ -68,7 +68,7 @@ class SpatialAware(Pretraining):
             `part_centres` `[B, P, 3]`, mm, of the `P` parts of all crops; `reconstructed` and `target`
             `[LB, C, X, Y, Z]`, `voxel_mask` and `present`; `encoded`, what the student's encoder returned.
         """
-        voxel_mask = F.interpolate(mask[:, None].float(), size=views.shape[2:], mode="nearest").bool()
+        voxel_mask = masked_voxels(mask, views.shape[2:])
         seen = self.student(views, mask, voxel_mask)
         outputs = {"centres": self._by_volume(place), "encoded": seen.encoded}
         with torch.autocast(views.device.type, enabled=False):  # a row a crop or part: full precision costs nothing

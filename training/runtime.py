@@ -15,6 +15,8 @@ from accelerate import Accelerator, DeepSpeedPlugin, DistributedType, FullyShard
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from models.folded_primus import fold_blocks
+
 from .strategy import Strategy
 
 PATIENCE = timedelta(hours=24)  # how long ranks may wait for one that is still preparing volumes, or whose disk is slow
@@ -120,11 +122,16 @@ def shard_blocks_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> No
 
 
 def compile_networks(model: torch.nn.Module, strategy: Strategy, backend: str | Callable = "inductor") -> None:
-    """torch.compile the student, and what the teacher shares with it, piece by piece; heads, which are small, stay."""
+    """torch.compile the student, and what the teacher shares with it, piece by piece; heads, which are small, stay.
+
+    Blocks of a Primus are folded, which under ZeRO-3 they could not be either.
+    """
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
         return
     networks = [model.student, *([model.teacher["features"]] if model.teacher is not None else [])]
+    for network in networks:
+        fold_blocks(network)
     pieces = [piece for network in networks for piece in _pieces(network, model._no_split_modules)]
     torch._dynamo.config.recompile_limit = 8 + 4 * len(pieces)  # each may be compiled for its own shape
     for piece in pieces:

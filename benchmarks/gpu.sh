@@ -25,13 +25,14 @@ done
 mkdir -p "$output"
 
 recipes=(recipes/primus_m.yaml recipes/resenc_l.yaml)
-resenc=(recipes/resenc_l.yaml train.batch_size=2)
+resenc=(recipes/resenc_l.yaml train.batch_size=2) attending=(recipes/primus_m.yaml)
 cropped=("${recipes[@]}" train.batch_size=2 'views.crop_size=[64,64,64]' 'views.cells=[3,3,3]')
 strategies=(ddp zero2 zero3 fsdp2) compiling=(ddp zero2 fsdp2) few=()
 if [[ $small ]]; then
     export CUDA_VISIBLE_DEVICES=''
     recipes=(recipes/demo.yaml train.batch_size=2 run.workers=0 'views.crop_size=[32,32,32]' 'views.cells=[3,3,3]'
         'model.hidden_sizes=[4,8,8,8]' 'model.depths=[1,1,1,1]' heads.projector_size=32 heads.predictor_size=16)
+    attending=(recipes/primus_m.yaml train.batch_size=2 'views.crop_size=[32,32,32]' 'views.cells=[3,3,3]')
     resenc=("${recipes[@]}") cropped=("${recipes[@]}") strategies=(ddp fsdp2) compiling=(ddp) few=(--steps 1)
 elif ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no GPU: --small tries the parts on a CPU" >&2
@@ -84,10 +85,13 @@ part_encoders() {
     needs dynamic_network_architectures dynamic-network-architectures || return
     if [[ $small ]]; then
         python benchmarks/encoders.py --networks Primus-S --crop 32 --repeats 1 &&
-            python benchmarks/losses.py --terms contrast --channels 32 --grid 4 --views 4 --contrast-cells 3 --repeats 1
+            python benchmarks/losses.py --terms contrast --channels 32 --grid 4 --views 4 --contrast-cells 3 \
+                --repeats 1 &&
+            python benchmarks/attention.py "${attending[@]}" --math
     else
         python benchmarks/encoders.py --crop 128 --precision bf16 --compile &&
-            python benchmarks/losses.py --terms contrast --contrast-cells 20 --repeats 3
+            python benchmarks/losses.py --terms contrast --contrast-cells 20 --repeats 3 &&
+            python benchmarks/attention.py "${attending[@]}"
     fi
 }
 

@@ -85,7 +85,7 @@ def difference(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_ranks_do_not_change_losses_or_gradients(of_ranks, case):
+def test_ranks_do_not_change_losses_or_gradients(of_ranks, one_thread, case):  # as each rank has
     losses, gradients, pulls = of_ranks[case]
     expected, theirs, pulled = losses_and_gradients(*case)
     for name, value in expected.items():

@@ -21,6 +21,7 @@ SIZES = {"primus": TINY, "resenc": [*(n for n in TINY if not n.startswith("model
 
 BATCH_AND_OBJECTIVE = """
 import sys, traceback
+from collections import Counter
 from pathlib import Path
 import torch
 torch.cuda.init()  # conftest hides the GPUs from what has not begun
@@ -29,6 +30,7 @@ from test_models import PUBLISHED, batch, tiny_cva
 from conftest import prepared
 from methods import METHODS, batch_of, model_of, recipe_of
 from data.stream import render, stack_views
+from training.attention import FUSED, Attention, choose_attention, prefer
 
 device, failed = torch.device("cuda"), []
 
@@ -69,6 +71,17 @@ def check_objective(architecture, consistency):
     for term in PUBLISHED:
         torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
 
+def check_attention():
+    call = Attention((2, 4, 512, 72), (2, 4, 512, 72), torch.bfloat16, backward=False)
+    chosen, how = choose_attention("auto", None, Counter({call: 1, call._replace(backward=True): 1}), device)
+    assert chosen in FUSED, how
+    preference = prefer(chosen)
+    given = 3 * [torch.randn(call.queries, dtype=call.dtype, device=device)]
+    with torch.profiler.profile() as profile:
+        torch.nn.functional.scaled_dot_product_attention(*given)
+    preference.close()
+    assert any(f"_{chosen}_attention" in event.key for event in profile.key_averages()), chosen
+
 def check_method(name, architecture):
     recipe = recipe_of(name, architecture, *(["model.drop_path_rate=0"] if architecture == "primus" else []))
     model, data = model_of(name, recipe), batch_of(name, recipe, 4)
@@ -88,6 +101,7 @@ for architecture in ("primus", "resenc"):
         attempt(f"{architecture} {consistency}", check_objective, architecture, consistency)
     for name in METHODS:
         attempt(f"{architecture} {name}", check_method, name, architecture)
+attempt("attention", check_attention)
 assert not failed, failed
 """
 

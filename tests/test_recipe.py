@@ -265,13 +265,19 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path):
 
 def test_what_rounds_is_told_and_what_does_not_is_not():
     then, now = (
-        {"recipe": load_recipe(DEMO, [f"run.{key}=true"]).model_dump(), "versions": {"torch": version}, "engine": "DDP"}
-        for key, version in (("gradient_checkpointing", "2.14"), ("log_gradients", "2.14"))
+        {"recipe": load_recipe(DEMO, [f"run.{key}=true"]).model_dump(), "versions": {"torch": "2.14"}, "engine": "DDP"}
+        | {"attention": None}
+        for key in ("gradient_checkpointing", "log_gradients")
     )
     assert what_rounds_otherwise(then, now) == []
     now["recipe"]["run"]["compile"] = True
+    now["attention"] = "cudnn"
     now["versions"] = {"torch": "2.15"}
-    assert what_rounds_otherwise(then, now) == ["run.compile was False and is True", "torch was 2.14 and is 2.15"]
+    assert what_rounds_otherwise(then, now) == [
+        "run.compile was False and is True",
+        "attention was torch's own and is cudnn",
+        "torch was 2.14 and is 2.15",
+    ]
 
 
 def test_a_recipe_of_another_method_is_refused_and_as_a_base_gives_what_both_know(tmp_path):

@@ -1,6 +1,7 @@
 """What a step will cost, found by running it on tensors without data."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -18,10 +19,12 @@ from data.stored_volume import HeldVolume
 from data.stream import Batch, SampleStream, stack_views
 from models.distributed import Traffic, count_traffic
 
+from .attention import Attention
 from .recipe import Recipe
 
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION = {  # the kernels of CPUs, of shapes; torch counts those of GPUs only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    FORWARD: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
         sdpa_backward_flop_count(gradient, q, k, v)
     ),
@@ -37,6 +40,7 @@ class StepCost(NamedTuple):
     flops: int  # a multiply-add counts as two, recomputation counts
     timeline: list[tuple[int, int]]  # bytes of complete gradients, and the most of all else while there were so many
     traffic: Traffic  # of the losses: what is gathered and summed over ranks
+    attention: Counter[Attention]  # each call of the step's
 
     @property
     def peak_bytes(self) -> int:
@@ -83,9 +87,14 @@ class _Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.total = 0
+        self.attention: Counter[Attention] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in ATTENTION:
+            backward = function.overloadpacket is not FORWARD
+            query, key = args[backward : backward + 2]
+            self.attention[Attention(tuple(query.shape), tuple(key.shape), query.dtype, backward)] += 1
         if formula := FORMULAS.get(function.overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -168,4 +177,4 @@ def step_cost(
                     fakes[id(tensor)] = torch.zeros(shape, dtype=tensor.dtype)
             batch = {key: fakes[id(tensor)] for key, tensor in sample.items()}
             functional_call(_Step(model), {f"model.{name}": weight for name, weight in weights.items()}, kwargs=batch)
-    return StepCost(volumes, len(batch["views"]), operations.total, live.timeline, traffic)
+    return StepCost(volumes, len(batch["views"]), operations.total, live.timeline, traffic, operations.attention)

@@ -46,6 +46,7 @@ class RunFacts:
     origin: str | None  # of those weights, as it may be published
     data_description: str | None  # in its owner's words
     tracker: str  # the run's identity there, the same after a resume
+    attention: str | None  # the kernel that was preferred; None: torch's own choice
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=current_commit)
 
@@ -55,6 +56,7 @@ def what_rounds_otherwise(then: dict, now: dict) -> list[str]:
 
     def of(facts: dict) -> dict:
         compiles = facts["recipe"]["run"]["compile"] and "ZeRO-3" not in facts["engine"]  # which ignores it
-        return {"run.compile": compiles, "torch": facts["versions"]["torch"]}
+        attention = facts["attention"] or "torch's own"
+        return {"run.compile": compiles, "attention": attention, "torch": facts["versions"]["torch"]}
 
     return [f"{what} was {old} and is {of(now)[what]}" for what, old in of(then).items() if old != of(now)[what]]

@@ -274,6 +274,7 @@ class Running(Section):
     # fifths less, and nothing that multiplies is computed again
     gradient_checkpointing: bool | Literal["selective"]
     compile: bool  # the networks, by torch.compile; not under ZeRO-3
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"]  # torch's kernel; auto: on a GPU the fastest
 
     @model_validator(mode="after")
     def _with_checkpoints(self):

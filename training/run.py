@@ -27,6 +27,7 @@ from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
 from models.warm_start import find, load_pretrained, origin
 
+from .attention import choose_attention, prefer
 from .background import Background
 from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
 from .estimate import StepCost
@@ -117,6 +118,13 @@ class Run:
             )
             model.update_teacher(momentum=0.0)  # the teacher starts as the student
             self.print(f"init        {report}")
+        before = self.newest.meta["attention"] if self.newest else None
+        attention, how = from_main_rank(
+            self.group, lambda: choose_attention(recipe.run.attention, before, cost.attention, self.device)
+        )
+        if attention:
+            self.print(f"attention   {how}")
+            self.preference = prefer(attention)
         if recipe.run.compile:
             compile_networks(model, launch.strategy)
 
@@ -142,6 +150,7 @@ class Run:
             origin=started_as,
             data_description=described,
             tracker=identity,
+            attention=attention,
         )
 
     # ----------------------------------------------------------------------- the loop

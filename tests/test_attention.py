@@ -1,0 +1,99 @@
+"""Which kernel attends: chosen by measurement, by request, or as before; on a CPU, which has two."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from training import attention
+from training.attention import Attention, choose_attention, fault_of, prefer, seconds_of
+
+CPU = torch.device("cpu")
+CALL = Attention((2, 3, 64, 24), (2, 3, 64, 24), torch.float32, backward=False)
+CALLS = Counter({CALL: 4, CALL._replace(backward=True): 2})
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Kernels of a CPU in the place of those of a GPU; what each takes is what the test says."""
+
+    def pretend(milliseconds):
+        kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.MATH, "efficient": SDPBackend.OVERRIDEABLE}
+        monkeypatch.setattr(attention, "BACKENDS", kernels)
+        monkeypatch.setattr(attention, "seconds_of", lambda name, calls, device: milliseconds[name] / 1000)
+
+    class Gpu:
+        type = "cuda"
+
+    monkeypatch.setattr(attention, "_tensors", lambda call, device, make=attention._tensors: make(call, CPU))
+    return pretend, Gpu()
+
+
+def test_a_cpu_is_left_alone():
+    assert choose_attention("auto", None, CALLS, CPU) == (None, "")
+    assert choose_attention("flash", None, Counter(), CPU) == (None, "")  # a network without attention
+
+
+def test_what_is_asked_for_is_taken_if_it_works():
+    assert choose_attention("math", "flash", CALLS, CPU) == ("math", "math, as asked for")
+    with pytest.raises(ValueError, match=r"run\.attention=cudnn does not work here \(.+\): set run\.attention=auto"):
+        choose_attention("cudnn", None, CALLS, CPU)
+
+
+def test_the_fastest_is_taken_and_what_a_run_had_is_kept(as_on_a_gpu):
+    pretend, gpu = as_on_a_gpu
+    pretend({"flash": 3.0, "cudnn": 2.0})
+    chosen, how = choose_attention("auto", None, CALLS, gpu)
+    assert chosen == "cudnn"
+    assert how.startswith("cudnn (flash 3.0 ms a step, cudnn 2.0 ms a step, no efficient: ")
+    assert choose_attention("auto", "flash", CALLS, gpu) == ("flash", "flash, as before it was stopped")
+    assert choose_attention("auto", "efficient", CALLS, gpu)[0] == "cudnn"  # it was another card
+
+
+def test_a_kernel_that_computes_something_else_is_not_taken(as_on_a_gpu, monkeypatch):
+    pretend, gpu = as_on_a_gpu
+    pretend({"flash": 1.0, "cudnn": 2.0})
+    attend = F.scaled_dot_product_attention
+
+    def wrong_if_fast(*given):
+        off = 1.01 if torch_attention._cur_sdpa_kernel_backends() == [SDPBackend.FLASH_ATTENTION] else 1.0
+        return off * attend(*given)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrong_if_fast)
+    chosen, how = choose_attention("auto", None, CALLS, gpu)
+    assert chosen == "cudnn"
+    assert "no flash: it is 3.0e-02 off" in how or "no flash: it is 2.0e-02 off" in how
+
+
+def test_no_kernel_at_all_leaves_it_to_torch(as_on_a_gpu, monkeypatch):
+    pretend, gpu = as_on_a_gpu
+    pretend({})
+    monkeypatch.setattr(attention, "fault_of", lambda *_: "broken")
+    assert choose_attention("auto", None, CALLS, gpu)[0] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_a_cpu_attend(dtype):
+    call = CALL._replace(dtype=dtype)
+    assert [fault_of(name, call, CPU) for name in ("flash", "math")] == [None, None]
+    assert fault_of("cudnn", call, CPU)
+
+
+def test_what_is_timed_is_every_call_forward_and_backward():
+    one, two = (min(seconds_of("math", calls, CPU) for _ in range(3)) for calls in (Counter({CALL: 1}), CALLS))
+    assert 0 < one < two
+
+
+def test_a_preference_comes_first_and_ends():
+    before = torch_attention._cur_sdpa_kernel_backends(with_priority=True)
+    preference = prefer("efficient")
+    now = torch_attention._cur_sdpa_kernel_backends(with_priority=True)
+    assert now[0] == SDPBackend.EFFICIENT_ATTENTION
+    assert set(now) >= {SDPBackend.MATH, SDPBackend.FLASH_ATTENTION}  # for what it cannot do
+    preference.close()
+    assert torch_attention._cur_sdpa_kernel_backends(with_priority=True) == before
+    with sdpa_kernel(SDPBackend.MATH):  # torch's own still works
+        assert F.scaled_dot_product_attention(*3 * [torch.randn(1, 1, 4, 8)]).shape == (1, 1, 4, 8)

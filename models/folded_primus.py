@@ -8,8 +8,6 @@ differ from those of `PrimusBlock` by rounding.
 Linear layers are read, not called: for networks of plain layers, without adapters or ZeRO-3, whose hooks want calls.
 """
 
-from types import MethodType
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,27 +15,30 @@ from torch import nn
 from .modeling_primus import PrimusBlock
 
 
+class FoldedBlock(PrimusBlock):
+    """Computes what `PrimusBlock` does, of weights with the same names."""
+
+    def forward(self, x, turns, kept=None):
+        attention, mlp = self.attention, self.mlp
+        q, k = norm_and_linear(x, self.norm1, [attention.q_proj, attention.k_proj]).chunk(2, dim=-1)
+        v = norm_and_linear(x, self.norm1, [attention.v_proj])  # apart: it is kept for the backward pass, q and k not
+        q, k, v = (tokens.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for tokens in (q, k, v))
+        branch = norm_and_linear(attention.attend(q, k, v, turns), attention.norm, [attention.proj], self.scale1)
+        x = x + (branch if kept is None else kept[0] * branch)
+
+        gate, up = norm_and_linear(x, self.norm2, [mlp.gate, mlp.up]).chunk(2, dim=-1)
+        branch = norm_and_linear(F.silu(gate) * up, mlp.norm, [mlp.down], self.scale2)
+        return x + (branch if kept is None else kept[1] * branch)
+
+
+FoldedBlock.__name__ = PrimusBlock.__name__  # by which a network's `_no_split_modules` finds its blocks
+
+
 def fold_blocks(network: nn.Module) -> None:
-    """Let every `PrimusBlock` of a network compute by `folded_block`; weights and their names stay."""
+    """Let every `PrimusBlock` of a network be a `FoldedBlock`."""
     for module in network.modules():
-        if isinstance(module, PrimusBlock):
-            module.forward = MethodType(folded_block, module)
-
-
-def folded_block(
-    block: PrimusBlock, x: torch.Tensor, turns: torch.Tensor, kept: list[torch.Tensor] | None = None
-) -> torch.Tensor:
-    """What `PrimusBlock.forward` computes: tokens `[B, N, C]`, `rotary_turns`, `drop_paths` -> `[B, N, C]`."""
-    attention, mlp = block.attention, block.mlp
-    q, k = norm_and_linear(x, block.norm1, [attention.q_proj, attention.k_proj]).chunk(2, dim=-1)
-    v = norm_and_linear(x, block.norm1, [attention.v_proj])
-    q, k, v = (tokens.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for tokens in (q, k, v))
-    branch = norm_and_linear(attention.attend(q, k, v, turns), attention.norm, [attention.proj], block.scale1)
-    x = x + (branch if kept is None else kept[0] * branch)
-
-    gate, up = norm_and_linear(x, block.norm2, [mlp.gate, mlp.up]).chunk(2, dim=-1)
-    branch = norm_and_linear(F.silu(gate) * up, mlp.norm, [mlp.down], block.scale2)
-    return x + (branch if kept is None else kept[1] * branch)
+        if type(module) is PrimusBlock:
+            module.__class__ = FoldedBlock
 
 
 def norm_and_linear(

@@ -55,3 +55,15 @@ def test_a_network_that_gloo_does_not_find_is_named_with_the_remedy(tmp_path, mo
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("train_cva.py: "))
     assert "nowhere0" in line
     assert "set GLOO_SOCKET_IFNAME" in line
+
+
+def test_compilation_without_a_compiler_is_one_line_with_the_remedy(tmp_path):
+    code = "import torch; from training.runtime import check_compiler; check_compiler(torch.device('cpu'))"
+    environment = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    *_, last = asked.stderr.strip().splitlines()
+    assert asked.returncode == 1
+    assert last.startswith("ValueError: run.compile=true: torch.compile does not work here (InvalidCxxCompiler")
+    assert last.endswith("): install what is missing, or set run.compile=false")
+    environment |= {"CXX": "g++"}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)

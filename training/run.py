@@ -41,6 +41,7 @@ from .optimizer import build_optimizer
 from .recipe import Recipe, flatten
 from .run_data import open_data
 from .runtime import (
+    check_compiler,
     compile_networks,
     describe_engine,
     end_tracker,
@@ -125,8 +126,8 @@ class Run:
         if attention:
             self.print(f"attention   {how}")
             self.preference = prefer(attention)
-        if recipe.run.compile:
-            compile_networks(model, launch.strategy)
+        if recipe.run.compile and compile_networks(model, launch.strategy):
+            from_main_rank(self.group, lambda: check_compiler(self.device))
 
         self.data = open_data(launch, recipe, self.group, self.print)
         self.volumes, self.streamed = self.data.volumes, self.data.streamed

@@ -121,14 +121,17 @@ def shard_blocks_in_bf16(accelerator: Accelerator, model: torch.nn.Module) -> No
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})  # they are renamed
 
 
-def compile_networks(model: torch.nn.Module, strategy: Strategy, backend: str | Callable = "inductor") -> None:
+def compile_networks(model: torch.nn.Module, strategy: Strategy, backend: str | Callable = "inductor") -> bool:
     """torch.compile the student, and what the teacher shares with it, piece by piece; heads, which are small, stay.
 
     Blocks of a Primus are folded, which under ZeRO-3 they could not be either.
+
+    Returns:
+        Whether it was done; they are compiled when they are called.
     """
     if strategy.stage == 3:
         warnings.warn("run.compile is ignored: under ZeRO-3 weights come and go inside a block", stacklevel=2)
-        return
+        return False
     networks = [model.student, *([model.teacher["features"]] if model.teacher is not None else [])]
     for network in networks:
         fold_blocks(network)
@@ -136,6 +139,19 @@ def compile_networks(model: torch.nn.Module, strategy: Strategy, backend: str | 
     torch._dynamo.config.recompile_limit = 8 + 4 * len(pieces)  # each may be compiled for its own shape
     for piece in pieces:
         piece.compile(dynamic=False, backend=backend)  # they share code: torch would compile the second for all shapes
+    return True
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError unless torch.compile has what it needs: a C++ compiler for a CPU, Triton for a GPU."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        fault = next(line for line in str(error).splitlines() if line and not line.startswith("backend="))
+        raise ValueError(
+            f"run.compile=true: torch.compile does not work here ({fault}): install what is missing, or set "
+            "run.compile=false"
+        ) from None
 
 
 def _pieces(module: torch.nn.Module, blocks: list[str]) -> Iterator[torch.nn.Module]:

@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import METHODS, batch_of, model_of, recipe_of
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training import attention
 from training.attention import Attention, choose_attention, fault_of, prefer, seconds_of
+from training.estimate import step_cost
 
 CPU = torch.device("cpu")
 CALL = Attention((2, 3, 64, 24), (2, 3, 64, 24), torch.float32, backward=False)
@@ -97,3 +99,22 @@ def test_a_preference_comes_first_and_ends():
     assert torch_attention._cur_sdpa_kernel_backends(with_priority=True) == before
     with sdpa_kernel(SDPBackend.MATH):  # torch's own still works
         assert F.scaled_dot_product_attention(*3 * [torch.randn(1, 1, 4, 8)]).shape == (1, 1, 4, 8)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_call_of_a_step_is_counted(name, monkeypatch):
+    recipe = recipe_of(name)
+    model, data = model_of(name, recipe), batch_of(name, recipe, 2)
+    calls, attend = Counter(), F.scaled_dot_product_attention
+
+    def count(query, key, *rest, **settings):
+        returned = attend(query, key, *rest, **settings)
+        for backward in (False, *([True] if returned.requires_grad else [])):
+            calls[Attention(tuple(query.shape), tuple(key.shape), query.dtype, backward)] += 1
+        return returned
+
+    counted = step_cost(model, {key: tensor[: len(tensor) // 2] for key, tensor in data.items()}, 2).attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    model(**data)
+    assert counted == calls
+    assert {call.backward for call in calls} == {False, True}

@@ -31,7 +31,9 @@ class Attention(NamedTuple):
     backward: bool
 
 
-def choose_attention(asked: str, before: str | None, calls: Counter[Attention], device: torch.device) -> tuple:
+def choose_attention(
+    asked: str, before: str | None, calls: Counter[Attention], device: torch.device
+) -> tuple[str | None, str]:
     """The kernel that a run should use, and how that came about in a line for its reader; (None, "") for torch's own.
 
     Args:

@@ -125,7 +125,7 @@ class Run:
         )
         if attention:
             self.print(f"attention   {how}")
-            self.preference = prefer(attention)
+            self.preference = prefer(attention)  # kept: it ends with what it returns
         if recipe.run.compile and compile_networks(model, launch.strategy):
             from_main_rank(self.group, lambda: check_compiler(self.device))
 

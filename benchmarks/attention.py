@@ -35,7 +35,7 @@ def main() -> None:
             script.build_model(recipe), sample, recipe.train.batch_size // recipe.train.accumulate
         ).attention
         for name in [*FUSED, *(["math"] if arguments.math else [])] if calls else []:
-            fault = fault_of(name, next(iter(calls)), DEVICE)
+            fault = fault_of(name, calls, DEVICE)
             taken = "-" if fault else f"{1000 * seconds_of(name, calls, DEVICE):.1f}"
             print(f"| {recipe.name} | {name} | {taken} | {fault or ''} |", flush=True)
 

@@ -70,18 +70,35 @@ def test_a_kernel_that_computes_something_else_is_not_taken(as_on_a_gpu, monkeyp
     assert "no flash: it is 3.0e-02 off" in how or "no flash: it is 2.0e-02 off" in how
 
 
+def test_a_kernel_may_leave_some_calls_to_others(monkeypatch):
+    off_by, small = attention._off_by, CALL._replace(queries=(2, 3, 64, 6), keys=(2, 3, 64, 6))
+
+    def only_large(name, call, device):
+        if call.queries[-1] == 6:
+            raise RuntimeError("No such head size. This is because of others")
+        return off_by(name, call, device)
+
+    monkeypatch.setattr(attention, "_off_by", only_large)
+    calls = CALLS + Counter({small: 1})
+    assert fault_of("math", [small], CPU) == "No such head size"
+    assert fault_of("math", calls, CPU) is None
+    assert seconds_of("math", calls, CPU) > 0
+
+
 def test_no_kernel_at_all_leaves_it_to_torch(as_on_a_gpu, monkeypatch):
     pretend, gpu = as_on_a_gpu
     pretend({})
     monkeypatch.setattr(attention, "fault_of", lambda *_: "broken")
-    assert choose_attention("auto", None, CALLS, gpu)[0] is None
+    chosen, how = choose_attention("auto", None, CALLS, gpu)
+    assert chosen is None
+    assert how.count("broken") == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_of_a_cpu_attend(dtype):
     call = CALL._replace(dtype=dtype)
-    assert [fault_of(name, call, CPU) for name in ("flash", "math")] == [None, None]
-    assert fault_of("cudnn", call, CPU)
+    assert [fault_of(name, [call], CPU) for name in ("flash", "math")] == [None, None]
+    assert fault_of("cudnn", [call], CPU)
 
 
 def test_what_is_timed_is_every_call_forward_and_backward():

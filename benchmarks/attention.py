@@ -1,9 +1,10 @@
-"""Time torch's attention kernels on the calls of a recipe's step, as a run on a GPU does before it starts.
+"""Time torch's attention kernels on the calls of a recipe's micro-batch, as a run on a GPU does before it starts.
 
     python benchmarks/attention.py recipes/primus_m.yaml
 
-Prints one table: milliseconds a step of each kernel that works on this device, forward and backward, and why others do
-not. "math" keeps a matrix of all pairs of tokens, and is timed only with --math. Overrides work as for the scripts.
+Prints one table: milliseconds a micro-batch of each kernel that works on this device, forward and backward, and why
+others do not. "math" keeps a matrix of all pairs of tokens, and is timed only with --math. Overrides work as for the
+scripts.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     recipes, overrides = recipes_and_overrides(arguments.arguments)
     print(f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}")
-    print("| recipe | kernel | ms a step | |\n|---|---|---|---|")
+    print("| recipe | kernel | ms a micro-batch | |\n|---|---|---|---|")
     for path in recipes:
         script, recipe = open_recipe(path, overrides)
         sample = noise_batch(script.build_stream, script.make_batch, recipe)

@@ -46,7 +46,8 @@ class PrimusFeatures(nn.Module):
             tokens = self.feature_decoder(tokens, self.encoder.config.grid_size)
         pooled = None
         if self.attention_pool is not None:
-            pooled = (self.attention_pool(tokens).softmax(dim=1) * tokens).sum(dim=1)
+            shares = self.attention_pool(tokens).softmax(dim=1, dtype=torch.float32)
+            pooled = (shares * tokens).sum(dim=1)
         return tokens_to_map(tokens, self.encoder.config.grid_size), pooled
 
     def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -75,7 +75,7 @@ def check_attention():
     call = Attention((2, 4, 512, 72), (2, 4, 512, 72), torch.bfloat16, backward=False)
     chosen, how = choose_attention("auto", None, Counter({call: 1, call._replace(backward=True): 1}), device)
     assert chosen in FUSED, how
-    preference = prefer(chosen)
+    preference = prefer(chosen, device)
     given = 3 * [torch.randn(call.queries, dtype=call.dtype, device=device)]
     with torch.profiler.profile() as profile:
         torch.nn.functional.scaled_dot_product_attention(*given)

@@ -107,7 +107,7 @@ class CudaAutocast(TorchFunctionMode):
             return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("name", "tflops", "peak"), [("primus_m", 111.7, 29.7), ("resenc_l", 45.4, 23.6)])
+@pytest.mark.parametrize(("name", "tflops", "peak"), [("primus_m", 111.7, 29.2), ("resenc_l", 45.4, 23.6)])
 def test_cost_of_the_published_recipes(name, tflops, peak):
     """Attention is counted, and what is planned on a CPU is what a GPU's autocast would allocate."""
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", [], train_cva.CVARecipe)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -40,8 +39,8 @@ def choose_attention(
 
     Args:
         asked: `run.attention`.
-        before: what the run preferred until it was stopped.
-        calls: of a step.
+        before: what the run itself chose before it was stopped.
+        calls: of a micro-batch.
 
     Raises:
         ValueError: if what was asked for does not work here.
@@ -55,16 +54,25 @@ def choose_attention(
     if before and not fault_of(before, calls, device):
         return before, f"{before}, as before it was stopped"
     faults = {name: fault_of(name, calls, device) for name in FUSED}
-    seconds = {name: seconds_of(name, calls, device) for name, fault in faults.items() if not fault}
-    told = [f"{name} {1000 * taken:.1f} ms a step" for name, taken in seconds.items()]
+    seconds = {}
+    for name in [name for name, fault in faults.items() if not fault]:
+        try:
+            seconds[name] = seconds_of(name, calls, device)
+        except RuntimeError as error:  # at full size
+            faults[name] = _first_line(error)
+    told = [f"{name} {1000 * taken:.1f} ms a micro-batch" for name, taken in seconds.items()]
     told += [f"no {name}: {fault}" for name, fault in faults.items() if fault]
     fastest = min(seconds, key=seconds.get, default=None)
     return fastest, f"{fastest} ({', '.join(told)})"
 
 
-def prefer(name: str) -> ExitStack:
+def prefer(name: str, device: torch.device) -> ExitStack:
     """Let a kernel attend from now on, others only where it cannot; until what is returned is closed, or forgotten."""
-    order = [BACKENDS[name], *(backend for other, backend in BACKENDS.items() if other != name)]
+    others = ["math"] if device.type == "cpu" else BACKENDS  # whose order is fixed: of what it may take
+    order = [BACKENDS[name], *(BACKENDS[other] for other in others if other != name)]
+    if device.type == "cuda":  # the first call of a process may set an order of torch's own
+        F.scaled_dot_product_attention(*3 * [torch.zeros(1, 1, 8, 8, device=device)])
+    torch.compiler.config.cache_key_tag = f"attention={name}"  # compiled networks are cached with their kernel
     preference = ExitStack()
     preference.enter_context(sdpa_kernel(order, set_priority=True))
     return preference
@@ -72,25 +80,29 @@ def prefer(name: str) -> ExitStack:
 
 def fault_of(name: str, calls: Iterable[Attention], device: torch.device) -> str | None:
     """Why not to prefer a kernel: it can do none of the calls, or one of them wrong; None if neither."""
-    worst, cannot = None, ""
+    works, cannot = False, ""
     for call in dict.fromkeys(call._replace(backward=False) for call in calls):
         try:
             off = _off_by(name, call, device)
         except RuntimeError as error:
-            cannot = str(error).splitlines()[0].split(". ")[0]
+            cannot = _first_line(error)
+            if not cannot.startswith(("No available kernel", "No viable backend")):  # then no other would step in
+                return cannot
         else:
-            if off > MOST_OFF[call.dtype]:
+            if not off <= MOST_OFF[call.dtype]:  # or not a number
                 return f"it is {off:.1e} off"
-            worst = off
-    return cannot if worst is None else None
+            works = True
+    return None if works else cannot
 
 
 def seconds_of(name: str, calls: Counter[Attention], device: torch.device, times: int = 5) -> float:
-    """What the attention of a step takes if this kernel is preferred."""
+    """What the attention of a micro-batch takes if this kernel is preferred."""
+    from torch.utils.benchmark import Timer  # here: importing it talks of CUDA where there is a compiler but no GPU
+
     total = 0.0
     for call, count in calls.items():
         given = _tensors(call, device)
-        with prefer(name) if fault_of(name, [call], device) else sdpa_kernel(BACKENDS[name]):
+        with prefer(name, device) if fault_of(name, [call], device) else sdpa_kernel(BACKENDS[name]):
             attended = F.scaled_dot_product_attention(*given)
             names = {"torch": torch, "attend": F.scaled_dot_product_attention, "given": given}
             names |= {"attended": attended, "gradient": torch.ones_like(attended)}
@@ -101,8 +113,8 @@ def seconds_of(name: str, calls: Counter[Attention], device: torch.device, times
 
 
 def _off_by(name: str, call: Attention, device: torch.device) -> float:
-    """How far the results and gradients of one head are from those of plain attention; RuntimeError if it cannot."""
-    given = _tensors(call._replace(queries=(1, 1, *call.queries[2:]), keys=(1, 1, *call.keys[2:])), device)
+    """How far the results and gradients of two heads are from those of plain attention; RuntimeError if it cannot."""
+    given = _tensors(call._replace(queries=(1, 2, *call.queries[2:]), keys=(1, 2, *call.keys[2:])), device)
     exact = [tensor.detach().float().requires_grad_() for tensor in given]
     with warnings.catch_warnings(), sdpa_kernel(BACKENDS[name]):
         warnings.simplefilter("ignore")  # torch tells why it cannot
@@ -112,9 +124,15 @@ def _off_by(name: str, call: Attention, device: torch.device) -> float:
         expected = F.scaled_dot_product_attention(*exact)
         expected.square().sum().backward()
     found, true = [attended, *(t.grad for t in given)], [expected, *(t.grad for t in exact)]
-    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, true))
+    return torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, true)]).max().item()
 
 
 def _tensors(call: Attention, device: torch.device) -> list[torch.Tensor]:
+    """Queries, keys and values, laid out in memory as those of a network: `[B, N, heads, head_size]`."""
     shapes = (call.queries, call.keys, call.keys)
-    return [torch.randn(shape, dtype=call.dtype, device=device, requires_grad=True) for shape in shapes]
+    made = [torch.randn(b, n, heads, size, dtype=call.dtype, device=device) for b, heads, n, size in shapes]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).splitlines()[0].split(". ")[0]

@@ -51,12 +51,17 @@ class RunFacts:
     commit: str | None = field(default_factory=current_commit)
 
 
+def chosen_before(facts: dict) -> str | None:
+    """The attention kernel that the run of a checkpoint had chosen itself."""
+    return facts.get("attention") if facts["recipe"]["run"].get("attention") == "auto" else None
+
+
 def what_rounds_otherwise(then: dict, now: dict) -> list[str]:
     """Of what changes rounding, what the facts of a checkpoint and of the run that takes it up have not in common."""
 
     def of(facts: dict) -> dict:
         compiles = facts["recipe"]["run"]["compile"] and "ZeRO-3" not in facts["engine"]  # which ignores it
-        attention = facts["attention"] or "torch's own"
+        attention = facts.get("attention") or "torch's own"
         return {"run.compile": compiles, "attention": attention, "torch": facts["versions"]["torch"]}
 
     return [f"{what} was {old} and is {of(now)[what]}" for what, old in of(then).items() if old != of(now)[what]]

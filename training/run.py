@@ -32,7 +32,7 @@ from .background import Background
 from .checkpoints import Checkpoint, Writer, load, newest_checkpoint
 from .estimate import StepCost
 from .evaluation import Evaluation, choose_volumes
-from .facts import Method, RunFacts, what_rounds_otherwise
+from .facts import Method, RunFacts, chosen_before, what_rounds_otherwise
 from .guards import STOPPED, Guard, ignore_signals, poison, skip_if_not_finite
 from .heartbeat import start_heartbeat
 from .launch import Launch
@@ -119,15 +119,17 @@ class Run:
             )
             model.update_teacher(momentum=0.0)  # the teacher starts as the student
             self.print(f"init        {report}")
-        before = self.newest.meta["attention"] if self.newest else None
+        before = chosen_before(self.newest.meta) if self.newest else None
         attention, how = from_main_rank(
             self.group, lambda: choose_attention(recipe.run.attention, before, cost.attention, self.device)
         )
-        if attention:
+        if how:
             self.print(f"attention   {how}")
-            self.preference = prefer(attention)  # kept: it ends with what it returns
+        if attention:
+            self.preference = prefer(attention, self.device)  # kept: it ends with what it returns
         if recipe.run.compile and compile_networks(model, launch.strategy):
             from_main_rank(self.group, lambda: check_compiler(self.device))
+            check_compiler(self.device)  # machines may differ
 
         self.data = open_data(launch, recipe, self.group, self.print)
         self.volumes, self.streamed = self.data.volumes, self.data.streamed

@@ -73,14 +73,19 @@ def check_objective(architecture, consistency):
 
 def check_attention():
     call = Attention((2, 4, 512, 72), (2, 4, 512, 72), torch.bfloat16, backward=False)
+
+    def attends(name):
+        given = 3 * [torch.randn(call.queries, dtype=call.dtype, device=device)]
+        preference = prefer(name, device)
+        with torch.profiler.profile() as profile:
+            torch.nn.functional.scaled_dot_product_attention(*given)
+        preference.close()
+        return any(f"_{name}_attention" in event.key for event in profile.key_averages())
+
+    assert attends("efficient")  # in a process that has not attended before, as on all ranks but the first
     chosen, how = choose_attention("auto", None, Counter({call: 1, call._replace(backward=True): 1}), device)
     assert chosen in FUSED, how
-    preference = prefer(chosen, device)
-    given = 3 * [torch.randn(call.queries, dtype=call.dtype, device=device)]
-    with torch.profiler.profile() as profile:
-        torch.nn.functional.scaled_dot_product_attention(*given)
-    preference.close()
-    assert any(f"_{chosen}_attention" in event.key for event in profile.key_averages()), chosen
+    assert attends(chosen)
 
 def check_method(name, architecture):
     recipe = recipe_of(name, architecture, *(["model.drop_path_rate=0"] if architecture == "primus" else []))
@@ -93,6 +98,7 @@ def check_method(name, architecture):
     for term in model.terms:
         torch.testing.assert_close(found[term].cpu(), losses[term], rtol=1e-2, atol=1e-3)
 
+attempt("attention", check_attention)
 ready = prepared(Path(sys.argv[1]), Path(sys.argv[2]))
 for interpolation in ("linear", "cubic"):
     attempt(interpolation, check_batch, ready, interpolation)
@@ -101,7 +107,6 @@ for architecture in ("primus", "resenc"):
         attempt(f"{architecture} {consistency}", check_objective, architecture, consistency)
     for name in METHODS:
         attempt(f"{architecture} {name}", check_method, name, architecture)
-attempt("attention", check_attention)
 assert not failed, failed
 """
 

@@ -63,7 +63,8 @@ def test_parts_of_a_recipe():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_fused_operators_move_less():
-    eager, compiled = table(), table(compiled=True)
+    many = "train.batch_size=64"  # so that tokens outweigh weights, as in every recipe of use: blocks are folded
+    eager, compiled = table(many), table(many, compiled=True)
     for part in ("student encoder", "teacher encoder", "student encoder, backward"):
         plain, fused = eager[part], compiled[part]
         assert fused.flops == pytest.approx(plain.flops, rel=0.01)

@@ -25,7 +25,6 @@ from torch.profiler import record_function
 
 from data.stream import MicroBatches, SampleStream, make_loader, stack_views
 from models.pretraining import Pretraining
-from models.warm_start import find, load_pretrained, origin
 
 from .attention import choose_attention, prefer
 from .background import Background
@@ -52,6 +51,7 @@ from .runtime import (
     start_tracker,
 )
 from .schedules import learning_rate
+from .starting_weights import load_starting_weights
 from .state import pieces, random_state, set_random_state, set_updates_made, torch_optimizer, updates_made
 from .summary import say_what_came_of_it
 
@@ -107,26 +107,13 @@ class Run:
         self.newest: Checkpoint | None = from_main_rank(
             self.group, lambda: newest_checkpoint(self.folder.checkpoints) if launch.resume else None
         )
-        init_from = self.newest.meta["init_from"] if self.newest else launch.init_from
-        if self.newest and launch.init_from not in (None, init_from):
-            raise ValueError(f"--init-from {launch.init_from}: the run to resume started from {init_from}")
-        started_as = self.newest.meta["origin"] if self.newest else None
-        if init_from and not self.newest:
-            weights = find(init_from)
-            report, started_as = (
-                load_pretrained(model.student, str(weights), launch.token_order),
-                origin(init_from, weights),
-            )
-            model.update_teacher(momentum=0.0)  # the teacher starts as the student
-            self.print(f"init        {report}")
+        init_from, started_as = load_starting_weights(launch, self.newest, model, self.print)
         before = chosen_before(self.newest.meta) if self.newest else None
-        attention, how = from_main_rank(
-            self.group, lambda: choose_attention(recipe.run.attention, before, cost.attention, self.device)
-        )
+        asked, calls = recipe.run.attention, self.cost.attention
+        attention, how = from_main_rank(self.group, lambda: choose_attention(asked, before, calls, self.device))
         if how:
             self.print(f"attention   {how}")
-        if attention:
-            self.preference = prefer(attention, self.device)  # kept: it ends with what it returns
+        self.preference = prefer(attention, self.device) if attention else None  # kept: it ends with what it returns
         if recipe.run.compile and compile_networks(model, launch.strategy):
             from_main_rank(self.group, lambda: check_compiler(self.device))
             check_compiler(self.device)  # machines may differ

@@ -145,12 +145,15 @@ def test_what_is_timed_is_every_call_forward_and_backward():
 
 def test_a_preference_comes_first_and_ends():
     before = torch_attention._cur_sdpa_kernel_backends(with_priority=True)
+    tag = torch.compiler.config.cache_key_tag
     preference = prefer("efficient", torch.device("meta"))
+    assert torch.compiler.config.cache_key_tag == "attention=efficient"  # or a cached graph would have another's kernel
     now = torch_attention._cur_sdpa_kernel_backends(with_priority=True)
     assert now[0] == SDPBackend.EFFICIENT_ATTENTION
     assert set(now) >= {SDPBackend.MATH, SDPBackend.FLASH_ATTENTION}  # for what it cannot do
     preference.close()
     assert torch_attention._cur_sdpa_kernel_backends(with_priority=True) == before
+    assert torch.compiler.config.cache_key_tag == tag
     with sdpa_kernel(SDPBackend.MATH):  # torch's own still works
         assert F.scaled_dot_product_attention(*3 * [torch.randn(1, 1, 4, 8)]).shape == (1, 1, 4, 8)
 

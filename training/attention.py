@@ -72,8 +72,9 @@ def prefer(name: str, device: torch.device) -> ExitStack:
     order = [BACKENDS[name], *(BACKENDS[other] for other in others if other != name)]
     if device.type == "cuda":  # the first call of a process may set an order of torch's own
         F.scaled_dot_product_attention(*3 * [torch.zeros(1, 1, 8, 8, device=device)])
-    torch.compiler.config.cache_key_tag = f"attention={name}"  # compiled networks are cached with their kernel
-    preference = ExitStack()
+    preference, compiler = ExitStack(), torch.compiler.config
+    preference.callback(setattr, compiler, "cache_key_tag", compiler.cache_key_tag)
+    compiler.cache_key_tag = f"attention={name}"  # compiled networks are cached with their kernel
     preference.enter_context(sdpa_kernel(order, set_priority=True))
     return preference
 
